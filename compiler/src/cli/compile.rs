@@ -1,0 +1,246 @@
+//! `kilnc compile`.
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use kiln_bundle::{DType, Manifest};
+use kiln_compiler::{CompileOptions, Model, Progress, compile};
+use serde_json::json;
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Instant,
+};
+
+#[derive(Args)]
+pub struct Arguments {
+    /// A checkpoint directory as transformers saves it, a hub id (owner/name), or with
+    /// --dummy-weights a built-in configuration such as opt-125m.
+    model: String,
+    /// The bundle to write; a bundle that is there is replaced once the new one is whole.
+    #[arg(short, long, value_name = "BUNDLE")]
+    output: PathBuf,
+    /// What to compile for; `native` is the best target of this machine.
+    #[arg(long, value_enum, default_value = "native")]
+    target: Vec<TargetName>,
+    /// Element type of the KV cache. The CPU target computes and keeps activations in f32.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: FloatType,
+    /// Element type of the weight matrices [default: the checkpoint's own]
+    #[arg(long, value_enum)]
+    weights: Option<FloatType>,
+    /// Most sequences in one step.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    max_batch: u32,
+    /// Most positions of a sequence, prompt and generated [default: the model's own]
+    #[arg(long, value_name = "N")]
+    max_seq_len: Option<u32>,
+    /// Bounds on the new tokens of a prefill step, one executable each.
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "16,64,256,512"
+    )]
+    prefill_buckets: Vec<u32>,
+    /// Bounds on the sequences of a decode step; --max-batch is always one.
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "1,2,4,8,16"
+    )]
+    decode_batch: Vec<u32>,
+    /// Bounds on the longest sequence of a decode step; --max-seq-len is always one.
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "256,1024"
+    )]
+    decode_kv: Vec<u32>,
+    /// Use seeded random weights instead of the checkpoint's.
+    #[arg(long)]
+    dummy_weights: bool,
+    /// Seed of --dummy-weights.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        requires = "dummy_weights"
+    )]
+    dummy_seed: u64,
+    /// Write the text of every stage into a directory.
+    #[arg(long, value_name = "DIR")]
+    dump_ir: Option<PathBuf>,
+    /// Threads to compile with [default: all cores]
+    #[arg(long, value_name = "N")]
+    jobs: Option<usize>,
+    /// Print times and sizes as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TargetName {
+    Native,
+    Cpu,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FloatType {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<FloatType> for DType {
+    fn from(float: FloatType) -> DType {
+        match float {
+            FloatType::F32 => DType::F32,
+            FloatType::F16 => DType::F16,
+            FloatType::Bf16 => DType::Bf16,
+        }
+    }
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    // The CPU is the only target yet: `native` and `cpu` are one.
+    if arguments.target.len() > 1 {
+        bail!(
+            "--target is given {} times and names the CPU each time",
+            arguments.target.len()
+        );
+    }
+    if let Some(jobs) = arguments.jobs {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(jobs)
+            .build_global()
+            .with_context(|| format!("cannot start {jobs} threads"))?;
+    }
+    let seed = arguments.dummy_weights.then_some(arguments.dummy_seed);
+    let options = CompileOptions {
+        model_name: model_name(&arguments.model),
+        dtype: arguments.dtype.into(),
+        weights: arguments.weights.map(DType::from),
+        max_batch: arguments.max_batch,
+        max_seq_len: arguments.max_seq_len,
+        prefill_buckets: arguments.prefill_buckets.clone(),
+        decode_batch: arguments.decode_batch.clone(),
+        decode_kv: arguments.decode_kv.clone(),
+        dump_ir: arguments.dump_ir.clone(),
+    };
+    let terminal = std::io::stderr().is_terminal();
+    let bar = Bar::new(terminal);
+    let model = Model::find(&arguments.model, seed, terminal)?;
+    let manifest = compile(model, &arguments.output, &options, &bar)?;
+    let stages = bar.finish();
+    let bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
+    let total_ms: f64 = stages.iter().map(|(_, ms)| ms).sum();
+    if arguments.json {
+        return super::print(&report(&arguments.output, &manifest, &stages, bytes).to_string());
+    }
+    eprintln!(
+        "{}: {}, {} in {:.1} s",
+        arguments.output.display(),
+        count(manifest.targets[0].executables.len(), "executable"),
+        indicatif::HumanBytes(bytes),
+        total_ms / 1000.0,
+    );
+    Ok(())
+}
+
+fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+fn report(
+    output: &Path,
+    manifest: &Manifest,
+    stages: &[(&str, f64)],
+    bytes: u64,
+) -> serde_json::Value {
+    json!({
+        "bundle": output,
+        "model": manifest.model.name,
+        "targets": manifest.targets.iter().map(|target| json!({
+            "name": target.name,
+            "weights": target.weights,
+            "dtype": target.dtype,
+            "executables": target.executables.len(),
+            "weights_bytes": manifest.files.get(&target.weights_file).map(|file| file.bytes),
+        })).collect::<Vec<_>>(),
+        "bundle_bytes": bytes,
+        "stages": stages.iter().map(|(name, ms)| json!({"name": name, "ms": ms})).collect::<Vec<_>>(),
+    })
+}
+
+/// The last part of a path or hub id.
+fn model_name(model: &str) -> String {
+    let path = Path::new(model);
+    // `models/demo/.` and `.` name directories too.
+    let path = path.canonicalize().unwrap_or(path.to_owned());
+    path.file_name()
+        .map_or(model.to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Progress on a terminal, and the time that each stage took.
+struct Bar {
+    bar: ProgressBar,
+    stages: Mutex<Vec<(&'static str, Instant)>>,
+}
+
+impl Bar {
+    fn new(visible: bool) -> Bar {
+        let bar = if visible {
+            ProgressBar::no_length()
+        } else {
+            ProgressBar::hidden()
+        };
+        let template = "{msg:10} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        bar.set_style(
+            ProgressStyle::with_template(template).unwrap_or(ProgressStyle::default_bar()),
+        );
+        Bar {
+            bar,
+            stages: Mutex::new(vec![]),
+        }
+    }
+
+    /// Name and milliseconds of each stage.
+    fn finish(&self) -> Vec<(&'static str, f64)> {
+        self.bar.finish_and_clear();
+        let stages = self
+            .stages
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let ends = stages
+            .iter()
+            .skip(1)
+            .map(|(_, start)| *start)
+            .chain([Instant::now()]);
+        stages
+            .iter()
+            .zip(ends)
+            .map(|((name, start), end)| (*name, (end - *start).as_secs_f64() * 1000.0))
+            .collect()
+    }
+}
+
+impl Progress for Bar {
+    fn stage(&self, name: &'static str) {
+        self.bar.set_message(name);
+        let mut stages = self
+            .stages
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        stages.push((name, Instant::now()));
+    }
+
+    fn advance(&self, done_bytes: u64, total_bytes: u64) {
+        self.bar.set_length(total_bytes);
+        self.bar.set_position(done_bytes);
+    }
+}

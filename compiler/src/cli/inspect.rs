@@ -1,0 +1,169 @@
+//! `kilnc inspect`.
+
+use anyhow::Result;
+use clap::Args;
+use indicatif::HumanBytes;
+use kiln_bundle::{Bundle, Executable, KernelSpec, Manifest, Program, Target, packing};
+use kiln_compiler::KernelText;
+use serde_json::{Value, json};
+use std::{fmt::Write, path::PathBuf};
+
+#[derive(Args)]
+pub struct Arguments {
+    /// The bundle.
+    bundle: PathBuf,
+    /// List the kernels of each program as well.
+    #[arg(long)]
+    kernels: bool,
+    /// Print JSON instead of tables.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let bundle = Bundle::open(&arguments.bundle)?;
+    let manifest = bundle.manifest();
+    let text = match arguments.json {
+        true => to_json(manifest, arguments.kernels).to_string(),
+        false => to_text(manifest, arguments.kernels)?,
+    };
+    super::print(text.trim_end())
+}
+
+fn to_json(manifest: &Manifest, kernels: bool) -> Value {
+    let target = |target: &Target| {
+        let executable = |executable: &Executable| {
+            let program = &target.programs[executable.program as usize];
+            let mut value = json!({
+                "name": executable.name,
+                "phase": executable.phase,
+                "bounds": executable.bounds,
+                "kernels": program.kernels.len(),
+                "arena_bytes": executable.arena_bytes,
+                "weights_bytes_per_step": step_weight_bytes(program, target),
+                "flops_per_token": flops_per_token(program),
+            });
+            if kernels {
+                value["kernel_specs"] = json!(program.kernels);
+            }
+            value
+        };
+        json!({
+            "name": target.name,
+            "weights": target.weights,
+            "dtype": target.dtype,
+            "weights_bytes": manifest.files.get(&target.weights_file).map(|file| file.bytes),
+            "executables": target.executables.iter().map(executable).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "format_version": manifest.format_version,
+        "kiln_version": manifest.kiln_version,
+        "model": manifest.model,
+        "limits": manifest.limits,
+        "kv_bytes_per_token": manifest.targets.iter().map(|target| kv_bytes_per_token(manifest, target)).collect::<Vec<_>>(),
+        "targets": manifest.targets.iter().map(target).collect::<Vec<_>>(),
+        "files": manifest.files,
+    })
+}
+
+fn to_text(manifest: &Manifest, kernels: bool) -> Result<String> {
+    let (model, limits) = (&manifest.model, &manifest.limits);
+    let mut text = String::new();
+    writeln!(
+        text,
+        "{} ({}): {} layers, hidden {}, {} heads of {}, vocabulary {}",
+        model.name,
+        model.architecture,
+        model.layers,
+        model.hidden_size,
+        model.heads,
+        model.head_dim,
+        model.vocab_size
+    )?;
+    writeln!(
+        text,
+        "bundle format {}, written by kiln {}; up to {} sequences of {} positions",
+        manifest.format_version, manifest.kiln_version, limits.max_batch, limits.max_seq_len
+    )?;
+    for target in &manifest.targets {
+        let weights = manifest
+            .files
+            .get(&target.weights_file)
+            .map_or(0, |file| file.bytes);
+        writeln!(
+            text,
+            "\ntarget {}: weights {} ({}), KV cache {} ({} a token)\n",
+            target.name,
+            target.weights,
+            HumanBytes(weights),
+            target.dtype,
+            HumanBytes(kv_bytes_per_token(manifest, target))
+        )?;
+        let mut table = super::table(&[
+            "executable",
+            "tokens",
+            "sequences",
+            "kv length",
+            "logit rows",
+            "kernels",
+            "arena",
+            "weights read",
+            "MFLOP/token",
+        ]);
+        for executable in &target.executables {
+            let program = &target.programs[executable.program as usize];
+            let bounds = &executable.bounds;
+            table.add_row([
+                executable.name.clone(),
+                bounds.max_tokens.to_string(),
+                bounds.max_sequences.to_string(),
+                bounds.max_kv_len.to_string(),
+                bounds.max_logit_rows.to_string(),
+                program.kernels.len().to_string(),
+                HumanBytes(executable.arena_bytes).to_string(),
+                HumanBytes(step_weight_bytes(program, target)).to_string(),
+                format!("{:.0}", flops_per_token(program) as f64 / 1e6),
+            ]);
+        }
+        writeln!(text, "{}", table.trim_fmt())?;
+        if kernels {
+            for program in &target.programs {
+                writeln!(text, "\nprogram {}", program.name)?;
+                for (index, kernel) in program.kernels.iter().enumerate() {
+                    writeln!(text, "  {index:3}  {}", KernelText(kernel))?;
+                }
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// Bytes of keys and values that a token leaves behind.
+fn kv_bytes_per_token(manifest: &Manifest, target: &Target) -> u64 {
+    let elements = 2 * u64::from(manifest.model.layers) * u64::from(manifest.model.hidden_size);
+    elements * target.dtype.size_bytes() as u64
+}
+
+/// Bytes of matrices that a step reads once, whatever the number of its tokens.
+fn step_weight_bytes(program: &Program, target: &Target) -> u64 {
+    program
+        .kernels
+        .iter()
+        .filter_map(KernelSpec::linear)
+        .map(|linear| {
+            let shape =
+                packing::packed_shape(linear.out_features as usize, linear.in_features as usize);
+            (shape.iter().product::<usize>() * target.weights.size_bytes()) as u64
+        })
+        .sum()
+}
+
+/// Multiplications and additions of the linears for a token whose logits are computed.
+fn flops_per_token(program: &Program) -> u64 {
+    let linears = program.kernels.iter().filter_map(KernelSpec::linear);
+    linears
+        .map(|linear| 2 * u64::from(linear.in_features) * u64::from(linear.out_features))
+        .sum()
+}

@@ -1,0 +1,101 @@
+//! The kiln compiler.
+//!
+//! ```text
+//! Graph --fuse--> Graph --specialise--> Program --plan_memory--> Executable --package--> Bundle
+//! ```
+//!
+//! [`compile`] is the table of contents; each stage is a module named after it.
+
+mod interpret;
+mod model;
+mod options;
+mod package;
+pub mod passes;
+mod pipeline;
+mod plan;
+mod plan_memory;
+mod specialise;
+mod tokenizer;
+
+pub use interpret::{Evaluation, LogitRows, interpret};
+pub use model::{Model, ModelError};
+pub use options::{CompileOptions, OptionError};
+pub use package::{PackageError, pack_weights};
+pub use pipeline::compile;
+pub use plan::{KernelPlan, KernelText, executable_name};
+pub use plan_memory::{MemoryPlan, plan_memory};
+pub use specialise::{SpecialiseError, specialise};
+pub use tokenizer::TokenizerError;
+
+use kiln_bundle::WriteError;
+use kiln_ir::VerifyError;
+use kiln_models::WeightError;
+use std::{io, path::PathBuf};
+
+/// Hears how a compilation goes on.
+pub trait Progress: Sync {
+    /// A stage begins.
+    fn stage(&self, name: &'static str);
+    /// Bytes of the stage done, of its total.
+    fn advance(&self, done_bytes: u64, total_bytes: u64);
+}
+
+/// A [`Progress`] that tells nobody.
+#[derive(Clone, Copy, Debug)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn stage(&self, _: &'static str) {}
+    fn advance(&self, _: u64, _: u64) {}
+}
+
+/// Why a compilation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// A choice of the caller.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// The checkpoint.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
+    /// The checkpoint's tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The compiler's mistake.
+    #[error("after {pass}, the graph breaks a rule: {error}")]
+    Verify {
+        /// The pass that made the graph.
+        pass: &'static str,
+        /// The rule.
+        error: VerifyError,
+    },
+    /// The compiler's mistake.
+    #[error(transparent)]
+    Specialise(#[from] SpecialiseError),
+    /// The checkpoint or the output, while packing.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The output.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The directory of `--dump-ir`.
+    #[error("cannot write {}: {source}", path.display())]
+    Dump {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The checkpoint's weights make no sense together.
+    #[error(
+        "the model gives the logit {logit} for token {id} after {token_ids:?}; its weights overflow"
+    )]
+    NotFinite {
+        /// The prompt.
+        token_ids: Vec<u32>,
+        /// The token.
+        id: u32,
+        /// Its logit.
+        logit: f32,
+    },
+}

@@ -1,0 +1,176 @@
+//! What the caller chooses, and the buckets that follow from it.
+
+use kiln_bundle::{Bounds, DType, Limits, Phase};
+use kiln_models::ModelConfig;
+use std::path::PathBuf;
+
+/// Rows of logits that a prefill step can give: enough to score a prompt at a good speed, few
+/// enough that the (R, V) buffer stays small beside the weights.
+const PREFILL_LOGIT_ROWS: u32 = 64;
+
+/// Choices of a compilation. `Default` gives what `kilnc compile` does without flags.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// Name of the model, for people.
+    pub model_name: String,
+    /// Element type of the KV cache (and of activations where the target stores them so).
+    pub dtype: DType,
+    /// Element type of weight matrices; the checkpoint's own when absent.
+    pub weights: Option<DType>,
+    /// Most sequences in a step.
+    pub max_batch: u32,
+    /// Most positions of a sequence; the model's own when absent.
+    pub max_seq_len: Option<u32>,
+    /// Bounds on the new tokens of a prefill step.
+    pub prefill_buckets: Vec<u32>,
+    /// Bounds on the sequences of a decode step.
+    pub decode_batch: Vec<u32>,
+    /// Bounds on the longest sequence of a decode step.
+    pub decode_kv: Vec<u32>,
+    /// Where the text of every stage goes.
+    pub dump_ir: Option<PathBuf>,
+}
+
+impl Default for CompileOptions {
+    fn default() -> CompileOptions {
+        CompileOptions {
+            model_name: "model".to_owned(),
+            dtype: DType::F32,
+            weights: None,
+            max_batch: 16,
+            max_seq_len: None,
+            prefill_buckets: vec![16, 64, 256, 512],
+            decode_batch: vec![1, 2, 4, 8, 16],
+            decode_kv: vec![256, 1024],
+            dump_ir: None,
+        }
+    }
+}
+
+/// A choice that cannot be honoured: the caller's mistake.
+#[derive(Debug, thiserror::Error)]
+#[error("--{flag} is {found}; {needed}")]
+pub struct OptionError {
+    flag: &'static str,
+    found: String,
+    needed: String,
+}
+
+fn check(flag: &'static str, found: u32, most: u32, what: &str) -> Result<u32, OptionError> {
+    if (1..=most).contains(&found) {
+        return Ok(found);
+    }
+    Err(OptionError {
+        flag,
+        found: found.to_string(),
+        needed: format!("it must be from 1 to {most}, {what}"),
+    })
+}
+
+/// Most sequences that a bundle can be compiled for.
+const MAX_BATCH: u32 = 4096;
+/// Most tokens of a prefill step.
+const MAX_PREFILL_TOKENS: u32 = 65536;
+
+impl CompileOptions {
+    /// The bundle's limits for a model.
+    ///
+    /// # Errors
+    /// A limit that is zero or above what the model has.
+    pub fn limits(&self, config: &ModelConfig) -> Result<Limits, OptionError> {
+        let positions = config.max_positions as u32;
+        Ok(Limits {
+            max_batch: check(
+                "max-batch",
+                self.max_batch,
+                MAX_BATCH,
+                "the most that kiln supports",
+            )?,
+            max_seq_len: check(
+                "max-seq-len",
+                self.max_seq_len.unwrap_or(positions),
+                positions,
+                "the positions of the model",
+            )?,
+        })
+    }
+
+    /// The buckets in rising order. The limits themselves always are a bucket, so that every
+    /// request within them finds an executable; buckets above them are cut down to them.
+    ///
+    /// # Errors
+    /// A bucket of zero, or too large.
+    pub fn buckets(&self, limits: &Limits) -> Result<Vec<(Phase, Bounds)>, OptionError> {
+        let (batch, kv_len) = (limits.max_batch, limits.max_seq_len);
+        let mut buckets = vec![];
+        let tokens = sorted(
+            "prefill-buckets",
+            &self.prefill_buckets,
+            MAX_PREFILL_TOKENS,
+            None,
+        )?;
+        // No step is longer than every sequence at its longest.
+        let most_tokens = kv_len.saturating_mul(batch);
+        for max_tokens in cut(&tokens, most_tokens) {
+            let max_sequences = batch.min(max_tokens);
+            buckets.push((
+                Phase::Prefill,
+                Bounds {
+                    max_tokens,
+                    max_sequences,
+                    max_kv_len: kv_len,
+                    max_logit_rows: max_tokens.min(PREFILL_LOGIT_ROWS.max(max_sequences)),
+                },
+            ));
+        }
+        let batches = sorted("decode-batch", &self.decode_batch, MAX_BATCH, Some(batch))?;
+        let kv_lens = sorted("decode-kv", &self.decode_kv, u32::MAX, Some(kv_len))?;
+        for &max_sequences in &batches {
+            for &max_kv_len in &kv_lens {
+                buckets.push((
+                    Phase::Decode,
+                    Bounds {
+                        max_tokens: max_sequences,
+                        max_sequences,
+                        max_kv_len,
+                        max_logit_rows: max_sequences,
+                    },
+                ));
+            }
+        }
+        Ok(buckets)
+    }
+}
+
+/// Checked, cut down to `limit` where there is one (which then is in the list), sorted, unique.
+fn sorted(
+    flag: &'static str,
+    values: &[u32],
+    most: u32,
+    limit: Option<u32>,
+) -> Result<Vec<u32>, OptionError> {
+    if values.is_empty() {
+        return Err(OptionError {
+            flag,
+            found: "empty".to_owned(),
+            needed: "give at least one number".to_owned(),
+        });
+    }
+    for &value in values {
+        check(flag, value, most, "the most that kiln supports")?;
+    }
+    let mut values: Vec<u32> = values.iter().copied().chain(limit).collect();
+    values.sort_unstable();
+    values.dedup();
+    Ok(match limit {
+        Some(limit) => cut(&values, limit),
+        None => values,
+    })
+}
+
+/// Sorted values, those above `limit` cut down to it.
+fn cut(values: &[u32], limit: u32) -> Vec<u32> {
+    let mut values: Vec<u32> = values.iter().map(|&value| value.min(limit)).collect();
+    values.dedup();
+    values
+}

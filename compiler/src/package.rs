@@ -1,0 +1,184 @@
+//! Packs weights and writes the bundle.
+
+use kiln_bundle::{
+    BundleWriter, DType, Manifest, ManifestError, Target, TensorDecl, WeightRole, WriteError,
+    packing::PANEL,
+};
+use kiln_ir::{Graph, WeightId};
+use kiln_models::{WeightError, Weights};
+use rayon::prelude::*;
+use std::collections::{BTreeMap, HashMap};
+
+use crate::Progress;
+
+/// Elements packed as one piece of work. With a few pieces in flight a thread, packing holds tens
+/// of megabytes whatever the size of the model.
+const BLOCK_ELEMENTS: usize = 2 << 20;
+
+/// Why a bundle could not be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackageError {
+    /// The checkpoint.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
+    /// The output.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The compiler's mistake.
+    #[error("the plan is not sound: {0}")]
+    Plan(#[from] ManifestError),
+    /// The chosen element type is too narrow for the checkpoint.
+    #[error("weight {weight} holds {value}, which overflows {dtype}; choose --weights bf16 or f32")]
+    Overflow {
+        /// The weight.
+        weight: String,
+        /// Its value.
+        value: f32,
+        /// The element type.
+        dtype: DType,
+    },
+}
+
+/// Writes a target's weight file into the bundle.
+///
+/// # Errors
+/// The checkpoint, the output, or values that the element type cannot hold.
+pub fn pack_weights(
+    writer: &mut BundleWriter,
+    manifest: &Manifest,
+    target: &Target,
+    graph: &Graph,
+    weights: &Weights,
+    progress: &dyn Progress,
+) -> Result<(), PackageError> {
+    let ids: HashMap<&str, WeightId> = graph
+        .weights()
+        .map(|(id, weight)| (weight.name.as_str(), id))
+        .collect();
+    let mut uses: BTreeMap<String, WeightRole> = BTreeMap::new();
+    for program in &target.programs {
+        uses.extend(program.weight_uses(manifest)?);
+    }
+    // Matrices first: they are multiples of a cache line, and so all start on one.
+    let order = |role: &WeightRole| match role {
+        WeightRole::Packed { .. } => 0,
+        WeightRole::Vector { .. } => 1,
+        WeightRole::Table { .. } => 2,
+    };
+    let mut uses: Vec<(String, WeightRole)> = uses.into_iter().collect();
+    uses.sort_by_key(|(_, role)| order(role));
+    let tensors: Vec<TensorDecl> = uses
+        .iter()
+        .map(|(name, role)| {
+            let (dtype, shape) = match role {
+                WeightRole::Packed { .. } => (target.weights, role.shape()),
+                WeightRole::Vector { .. } => (DType::F32, role.shape()),
+                // The whole table, even where the bundle's limit needs less.
+                WeightRole::Table { .. } => (
+                    target.weights,
+                    graph.weight(ids[name.as_str()]).shape.clone(),
+                ),
+            };
+            TensorDecl {
+                name: name.clone(),
+                dtype,
+                shape,
+            }
+        })
+        .collect();
+    let total: u64 = tensors.iter().map(TensorDecl::bytes).sum();
+    let roles: HashMap<&str, &WeightRole> = uses
+        .iter()
+        .map(|(name, role)| (name.as_str(), role))
+        .collect();
+    let mut done = 0;
+    writer.add_tensors(&target.weights_file, &tensors, |tensor, sink| {
+        let id = ids[tensor.name.as_str()];
+        let blocks = blocks(graph, id);
+        // A few blocks at once, written in order.
+        for wave in blocks.chunks(2 * rayon::current_num_threads()) {
+            let packed: Vec<Vec<u8>> = wave
+                .par_iter()
+                .map(|rows| {
+                    let values = weights.rows(graph, id, rows.clone())?;
+                    let values = match roles[tensor.name.as_str()] {
+                        WeightRole::Packed { k, .. } => pack(&values, *k),
+                        WeightRole::Vector { .. } | WeightRole::Table { .. } => values,
+                    };
+                    encode(&values, tensor)
+                })
+                .collect::<Result<_, PackageError>>()?;
+            for bytes in packed {
+                sink.write(&bytes)?;
+                done += bytes.len() as u64;
+                progress.advance(done, total);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Rows of a weight in pieces of whole panels.
+fn blocks(graph: &Graph, id: WeightId) -> Vec<std::ops::Range<usize>> {
+    let shape = &graph.weight(id).shape;
+    let row_elements: usize = shape[1..].iter().product();
+    let rows = (BLOCK_ELEMENTS / row_elements)
+        .next_multiple_of(PANEL)
+        .max(PANEL);
+    (0..shape[0])
+        .step_by(rows)
+        .map(|first| first..(first + rows).min(shape[0]))
+        .collect()
+}
+
+/// Rows (n, K) to panels (ceil(n / PANEL), K, PANEL), the last filled with zeros.
+fn pack(values: &[f32], k: usize) -> Vec<f32> {
+    let panels = values.chunks(PANEL * k);
+    let mut packed = vec![0.0; panels.len() * k * PANEL];
+    for (panel, out) in panels.zip(packed.chunks_mut(k * PANEL)) {
+        for (row, values) in panel.chunks(k).enumerate() {
+            for (column, &value) in values.iter().enumerate() {
+                out[column * PANEL + row] = value;
+            }
+        }
+    }
+    packed
+}
+
+/// Little-endian bytes in the tensor's element type.
+fn encode(values: &[f32], tensor: &TensorDecl) -> Result<Vec<u8>, PackageError> {
+    let bytes: Vec<u8> = match tensor.dtype {
+        DType::F32 | DType::I32 => values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
+        DType::F16 => values
+            .iter()
+            .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
+            .collect(),
+        DType::Bf16 => values
+            .iter()
+            .flat_map(|&value| half::bf16::from_f32(value).to_le_bytes())
+            .collect(),
+    };
+    let largest = values.iter().copied().fold(0.0, |largest: f32, value| {
+        if value.abs() > largest.abs() {
+            value
+        } else {
+            largest
+        }
+    });
+    let overflows = match tensor.dtype {
+        DType::F16 => half::f16::from_f32(largest).is_infinite(),
+        DType::Bf16 => half::bf16::from_f32(largest).is_infinite(),
+        DType::F32 | DType::I32 => false,
+    };
+    if overflows {
+        return Err(PackageError::Overflow {
+            weight: tensor.name.clone(),
+            value: largest,
+            dtype: tensor.dtype,
+        });
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,211 @@
+//! The compiler as one page.
+
+use crate::{
+    CompileError, CompileOptions, LogitRows, Model, Progress, executable_name, interpret,
+    pack_weights, passes, plan::KernelPlan, plan_memory, specialise, tokenizer,
+};
+use kiln_bundle::{
+    BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase, SelfTest,
+    TOKENIZER_FILE, Target,
+};
+use kiln_ir::Graph;
+use kiln_models::{ModelConfig, Weights, build};
+use std::{collections::BTreeMap, fs, path::Path};
+
+/// Compiles a model for the CPU into a bundle at `output`.
+///
+/// # Errors
+/// Any of [`CompileError`]; nothing is left at `output` then.
+pub fn compile(
+    model: Model,
+    output: &Path,
+    options: &CompileOptions,
+    progress: &dyn Progress,
+) -> Result<Manifest, CompileError> {
+    let Model {
+        config,
+        checkpoint,
+        tokenizer_dir,
+    } = model;
+    let limits = options.limits(&config)?;
+    let buckets = options.buckets(&limits)?;
+    let weights_dtype = options.weights.unwrap_or(config.dtype);
+    let mut dump = Dump::new(options.dump_ir.as_deref());
+
+    progress.stage("build");
+    let graph = build(&config);
+    verified("build", &graph)?;
+    dump.write("build.ir", &graph)?;
+    let weights = Weights::bind(&graph, config.architecture, checkpoint)?;
+    let tokenizer = tokenizer_dir
+        .map(|dir| tokenizer::build(&dir, &config))
+        .transpose()?
+        .flatten();
+
+    progress.stage("fuse");
+    let fused = passes::fuse(graph.clone());
+    verified("fuse", &fused)?;
+    dump.write("fuse.ir", &fused)?;
+
+    progress.stage("specialise");
+    let phases = [Phase::Prefill, Phase::Decode];
+    let programs = phases.map(|phase| specialise(&fused, phase));
+    let programs = programs.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let executables = buckets
+        .iter()
+        .map(|&(phase, bounds)| {
+            let program = phases
+                .iter()
+                .position(|&other| other == phase)
+                .unwrap_or_default();
+            let plan = plan_memory(&programs[program], &bounds);
+            Executable {
+                name: executable_name(phase, &bounds),
+                phase,
+                program: program as u32,
+                bounds,
+                arena_bytes: plan.arena_bytes,
+                offsets_bytes: plan.offsets_bytes,
+            }
+        })
+        .collect();
+    let target = Target {
+        name: "cpu".to_owned(),
+        weights: weights_dtype,
+        dtype: options.dtype,
+        weights_file: "weights-cpu.safetensors".to_owned(),
+        programs,
+        executables,
+    };
+    for executable in &target.executables {
+        let program = &target.programs[executable.program as usize];
+        dump.write(
+            &format!("{}.plan", executable.name),
+            KernelPlan {
+                program,
+                executable,
+            },
+        )?;
+    }
+
+    progress.stage("pack");
+    let mut writer = BundleWriter::create(output)?;
+    let mut manifest = manifest(&config, options, limits, target);
+    for target in &manifest.targets {
+        pack_weights(&mut writer, &manifest, target, &fused, &weights, progress)?;
+    }
+    if let Some(tokenizer) = tokenizer {
+        writer.add_file(TOKENIZER_FILE, tokenizer.as_bytes())?;
+    }
+
+    progress.stage("self-test");
+    manifest.self_test = self_test(&graph, &weights, &manifest, options.dtype)?;
+    Ok(writer.finish(manifest)?)
+}
+
+fn verified(pass: &'static str, graph: &Graph) -> Result<(), CompileError> {
+    graph
+        .verify()
+        .map_err(|error| CompileError::Verify { pass, error })
+}
+
+fn manifest(
+    config: &ModelConfig,
+    options: &CompileOptions,
+    limits: Limits,
+    target: Target,
+) -> Manifest {
+    let in_vocabulary = |id: &u32| (*id as usize) < config.vocab_size;
+    Manifest {
+        format_version: FORMAT_VERSION,
+        kiln_version: env!("CARGO_PKG_VERSION").to_owned(),
+        model: ModelInfo {
+            name: options.model_name.clone(),
+            architecture: config.architecture.model_type().to_owned(),
+            vocab_size: config.vocab_size as u32,
+            hidden_size: config.hidden_size as u32,
+            layers: config.layers as u32,
+            heads: config.heads as u32,
+            head_dim: config.head_dim() as u32,
+            max_positions: config.max_positions as u32,
+            bos_token_id: config.bos_token_id.filter(in_vocabulary),
+            eos_token_ids: config
+                .eos_token_ids
+                .iter()
+                .copied()
+                .filter(in_vocabulary)
+                .collect(),
+            pad_token_id: config.pad_token_id.filter(in_vocabulary),
+        },
+        limits,
+        targets: vec![target],
+        self_test: SelfTest {
+            token_ids: vec![],
+            top_logits: vec![],
+            tolerance: 0.0,
+        },
+        files: BTreeMap::new(),
+    }
+}
+
+/// Tokens of the self-test's prompt, and logits that it keeps.
+const SELF_TEST_TOKENS: u32 = 4;
+const SELF_TEST_LOGITS: usize = 8;
+
+fn self_test(
+    graph: &Graph,
+    weights: &Weights,
+    manifest: &Manifest,
+    dtype: DType,
+) -> Result<SelfTest, CompileError> {
+    let vocabulary = manifest.model.vocab_size;
+    let tokens = SELF_TEST_TOKENS.min(manifest.limits.max_seq_len);
+    // Spread over the vocabulary, so that rows from several panels of the table are read.
+    let token_ids: Vec<u32> = (1..=tokens)
+        .map(|token| (u64::from(vocabulary - 1) * u64::from(token) / 5) as u32)
+        .collect();
+    let weights_dtype = manifest.targets[0].weights;
+    let evaluation = interpret(graph, weights, weights_dtype, &token_ids, LogitRows::Last)?;
+    let mut ranked: Vec<(u32, f32)> = (0..).zip(evaluation.logits).collect();
+    if let Some(&(id, logit)) = ranked.iter().find(|(_, logit)| !logit.is_finite()) {
+        return Err(CompileError::NotFinite {
+            token_ids,
+            id,
+            logit,
+        });
+    }
+    ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    ranked.truncate(SELF_TEST_LOGITS);
+    // Only what the target rounds and the interpreter does not: the cache, and f32 sums.
+    let tolerance = match dtype {
+        DType::F32 | DType::I32 => 5e-4,
+        DType::F16 => 5e-3,
+        DType::Bf16 => 4e-2,
+    };
+    Ok(SelfTest {
+        token_ids,
+        top_logits: ranked,
+        tolerance,
+    })
+}
+
+/// Numbered text files of the stages.
+struct Dump<'a> {
+    dir: Option<&'a Path>,
+    next: usize,
+}
+
+impl Dump<'_> {
+    fn new(dir: Option<&Path>) -> Dump<'_> {
+        Dump { dir, next: 0 }
+    }
+
+    fn write(&mut self, name: &str, text: impl std::fmt::Display) -> Result<(), CompileError> {
+        let Some(dir) = self.dir else { return Ok(()) };
+        let path = dir.join(format!("{:02}-{name}", self.next));
+        self.next += 1;
+        fs::create_dir_all(dir)
+            .and_then(|()| fs::write(&path, text.to_string()))
+            .map_err(|source| CompileError::Dump { path, source })
+    }
+}

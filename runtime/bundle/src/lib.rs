@@ -1,0 +1,26 @@
+//! The on-disk format shared by kiln's compiler and runtime.
+//!
+//! A bundle is a directory: [`Manifest`] as `bundle.json`, one safetensors file of packed weights a
+//! target, the tokenizer. [`Bundle`] reads it as untrusted input; [`BundleWriter`] (feature
+//! `write`) writes it atomically.
+
+mod dtype;
+mod kernel;
+mod manifest;
+pub mod packing;
+mod read;
+mod verify;
+#[cfg(feature = "write")]
+mod write;
+
+pub use dtype::{DType, UnknownDType};
+pub use kernel::{Activation, BufferId, KernelSpec, Linear, Norm, Residual, Rows};
+pub use manifest::{
+    ALIGN_BYTES, BLOCK_TOKENS, Bounds, Buffer, Executable, FORMAT_VERSION, FileRecord, Limits,
+    MANIFEST_FILE, Manifest, ModelInfo, Phase, Program, RowKind, SelfTest, TOKENIZER_FILE, Tap,
+    Target,
+};
+pub use read::{Bundle, BundleError, TensorView, WeightFile};
+pub use verify::{ManifestError, WeightRole};
+#[cfg(feature = "write")]
+pub use write::{BundleWriter, TensorDecl, TensorSink, WriteError};

@@ -1,0 +1,218 @@
+//! `bundle.json`: what a bundle holds. Plain data; [`crate::verify`] says when it is sound.
+
+use crate::{BufferId, DType, KernelSpec, Norm};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Version of the bundle format; a reader refuses any other.
+pub const FORMAT_VERSION: u32 = 1;
+/// Tokens in a block of the paged KV cache.
+pub const BLOCK_TOKENS: usize = 16;
+/// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
+/// vector register.
+pub const ALIGN_BYTES: usize = 64;
+/// The manifest's file name.
+pub const MANIFEST_FILE: &str = "bundle.json";
+/// The tokenizer's file name.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// The whole manifest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`] of the writer.
+    pub format_version: u32,
+    /// Version of the compiler that wrote it.
+    pub kiln_version: String,
+    /// The model.
+    pub model: ModelInfo,
+    /// What the executables were specialised for.
+    pub limits: Limits,
+    /// One entry a target.
+    pub targets: Vec<Target>,
+    /// Known answers for `kiln verify`.
+    pub self_test: SelfTest,
+    /// Every other file of the bundle, by its path inside it.
+    pub files: BTreeMap<String, FileRecord>,
+}
+
+/// The model's facts that a runtime needs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// Name for people, such as `opt-125m`.
+    pub name: String,
+    /// `opt` or `gpt2`.
+    pub architecture: String,
+    /// V, rows of the LM head.
+    pub vocab_size: u32,
+    /// C.
+    pub hidden_size: u32,
+    /// L.
+    pub layers: u32,
+    /// H.
+    pub heads: u32,
+    /// D.
+    pub head_dim: u32,
+    /// Positions the model was built for.
+    pub max_positions: u32,
+    /// Beginning of sequence.
+    pub bos_token_id: Option<u32>,
+    /// Any of these ends a sequence.
+    pub eos_token_ids: Vec<u32>,
+    /// Padding; kiln never pads, clients may ask.
+    pub pad_token_id: Option<u32>,
+}
+
+/// Bounds on requests.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Most sequences in one step.
+    pub max_batch: u32,
+    /// Most positions of a sequence, prompt and generated.
+    pub max_seq_len: u32,
+}
+
+/// The executables and weights of one target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Target {
+    /// `cpu`, `sm_90a`, ...
+    pub name: String,
+    /// Element type of weight matrices; vectors are f32.
+    pub weights: DType,
+    /// Element type of the KV cache, and of activations where the target stores them so (the CPU
+    /// computes and stores activations in f32).
+    pub dtype: DType,
+    /// Path of the weight file.
+    pub weights_file: String,
+    /// Kernel lists, shared by the executables that differ in bounds only.
+    pub programs: Vec<Program>,
+    /// Prefill executables by rising `max_tokens`, then decode executables by rising
+    /// (`max_sequences`, `max_kv_len`).
+    pub executables: Vec<Executable>,
+}
+
+/// What a row of a buffer stands for: its row count in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowKind {
+    /// One row a new token (T).
+    Tokens,
+    /// One row a requested row of logits (R).
+    Logits,
+}
+
+/// An activation buffer: rows of `width` elements.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Buffer {
+    /// Meaning of its rows.
+    pub rows: RowKind,
+    /// Elements of a row.
+    pub width: u32,
+    /// Element type.
+    pub dtype: DType,
+}
+
+/// A straight line of kernels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Program {
+    /// `prefill` or `decode`.
+    pub name: String,
+    /// Indexed by [`BufferId`].
+    pub buffers: Vec<Buffer>,
+    /// In order of execution.
+    pub kernels: Vec<KernelSpec>,
+    /// f32 (R, V).
+    pub logits: BufferId,
+    /// Where the L+1 hidden states can be read off: the embedding output, then each layer's.
+    pub hidden_states: Vec<Tap>,
+}
+
+/// A value that exists in a buffer right after a kernel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tap {
+    /// Index of the kernel.
+    pub after_kernel: u32,
+    /// The rows (T, C).
+    pub buffer: BufferId,
+    /// Still to be applied to each row.
+    pub norm: Option<Norm>,
+}
+
+/// Kind of step an executable is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Any number of new tokens a sequence.
+    Prefill,
+    /// One new token a sequence.
+    Decode,
+}
+
+impl Phase {
+    /// The spelling in names and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Phase::Prefill => "prefill",
+            Phase::Decode => "decode",
+        }
+    }
+}
+
+/// A program with the bounds and the memory plan of one bucket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Executable {
+    /// `prefill-t64`, `decode-b4-kv2048`, ...
+    pub name: String,
+    /// Kind of step.
+    pub phase: Phase,
+    /// Index into the target's programs.
+    pub program: u32,
+    /// What a step must keep to.
+    pub bounds: Bounds,
+    /// Bytes of the activation arena.
+    pub arena_bytes: u64,
+    /// Offset of each buffer in the arena, in bytes; buffers that are never alive together share.
+    pub offsets_bytes: Vec<u64>,
+}
+
+/// Bounds of a bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Bounds {
+    /// Most new tokens (T) of a step.
+    pub max_tokens: u32,
+    /// Most sequences (B) of a step.
+    pub max_sequences: u32,
+    /// Longest past plus new positions of a sequence.
+    pub max_kv_len: u32,
+    /// Most rows of logits (R) of a step.
+    pub max_logit_rows: u32,
+}
+
+impl Bounds {
+    /// Most rows of a buffer of this kind.
+    pub const fn rows(&self, kind: RowKind) -> u32 {
+        match kind {
+            RowKind::Tokens => self.max_tokens,
+            RowKind::Logits => self.max_logit_rows,
+        }
+    }
+}
+
+/// A prompt and the logits that must follow it, from the compiler's reference interpreter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SelfTest {
+    /// The prompt.
+    pub token_ids: Vec<u32>,
+    /// The largest logits after the last prompt token, falling.
+    pub top_logits: Vec<(u32, f32)>,
+    /// Largest difference that passes, as a share of the largest |logit| listed.
+    pub tolerance: f32,
+}
+
+/// Size and hash of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Length.
+    pub bytes: u64,
+    /// blake3, hexadecimal.
+    pub blake3: String,
+}
