@@ -15,6 +15,7 @@
 //! its users: into the prologue of linears that read it and into the epilogue of those that add it.
 
 use kiln_ir::{Graph, Linear, Norm, Op, Rows, Type, ValueId, Weight, WeightId, WeightSource};
+use std::collections::BTreeMap;
 
 /// Fuses the whole graph.
 pub fn fuse(mut graph: Graph) -> Graph {
@@ -189,18 +190,18 @@ fn fold_norms(graph: &mut Graph) {
         let Op::LayerNorm(norm) = graph.node(value).op else {
             continue;
         };
-        let users = graph.users(value);
-        let into_users: Option<Vec<(ValueId, Op)>> = users
-            .iter()
-            .map(|&(user, position)| Some((user, absorb(graph.node(user).op, position, norm)?)))
-            .collect();
-        let Some(into_users) = into_users else {
-            continue;
-        };
-        if graph.logits == Some(value) || has_duplicate_users(&users) {
+        if graph.logits == Some(value) {
             continue;
         }
-        for (user, op) in into_users {
+        let mut users = graph.users(value).into_iter();
+        let absorbed = users.try_fold(BTreeMap::new(), |mut ops, (user, position)| {
+            // A user may read the value at both its operands.
+            let op = ops.get(&user).copied().unwrap_or(graph.node(user).op);
+            ops.insert(user, absorb(op, position, norm)?);
+            Some(ops)
+        });
+        let Some(absorbed) = absorbed else { continue };
+        for (user, op) in absorbed {
             graph.node_mut(user).op = op;
         }
         for state in graph
@@ -228,11 +229,6 @@ fn absorb(user: Op, position: usize, norm: Norm) -> Option<Op> {
         })),
         _ => None,
     }
-}
-
-/// Whether a user reads the value at two operands, which one replacement per user would miss.
-fn has_duplicate_users(users: &[(ValueId, usize)]) -> bool {
-    users.windows(2).any(|pair| pair[0].0 == pair[1].0)
 }
 
 /// `attention(q, kv_write(k, v))` of three linears over one input becomes `attention(qkv)`.

@@ -1,0 +1,16 @@
+//! Tests of the compiler: each pass text in, text out; whole compilations of the fixtures.
+
+mod compile;
+mod fuse;
+mod interpret;
+mod plan_memory;
+mod specialise;
+
+use std::path::{Path, PathBuf};
+
+/// A checkpoint directory or file under `tests/fixtures`.
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/fixtures")
+        .join(name)
+}
