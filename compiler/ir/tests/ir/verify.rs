@@ -52,9 +52,9 @@ fn types() {
         "%5: its type is [T, 9], its operation gives [T, 8]",
     );
     breaks(
-        "linear %5, %4 weight=@down",
-        "linear %4 weight=@down",
-        "%6: @down of shape [4, 8] does not take 4 inputs",
+        "%4 weight=@down",
+        "%4 weight=@q",
+        "%6: @q of shape [4, 4] does not take 8 inputs",
     );
     breaks(
         "linear %5, %4",

@@ -1,0 +1,156 @@
+//! The command line. Results go to standard output, everything else to standard error.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+mod bench;
+mod generate;
+mod interrupt;
+mod output;
+mod requests;
+mod settings;
+mod verify;
+
+use anyhow::Context;
+use clap::{Subcommand, ValueEnum};
+use indicatif::ProgressBar;
+use kiln_bundle::Bundle;
+use kiln_runtime::device::CpuOptions;
+use kiln_runtime::{Engine, LoadOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// Runs OPT and GPT language models compiled by kilnc
+#[derive(clap::Parser)]
+#[command(name = "kiln", version, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue prompts
+    Generate(Box<generate::GenerateArgs>),
+    /// Measure load, prefill, decode and memory
+    Bench(bench::BenchArgs),
+    /// Check a bundle's files, then run its self-test on the device
+    Verify(verify::VerifyArgs),
+}
+
+/// Where a bundle runs.
+#[derive(clap::Args)]
+struct DeviceArgs {
+    /// Device to run on
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    device: DeviceKind,
+    /// Threads of the CPU device [default: one for each physical core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Size of the KV cache in MiB [default: a full batch of full sequences, at most half of the
+    /// memory that is left]
+    #[arg(long, value_name = "N")]
+    kv_cache_mb: Option<u32>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DeviceKind {
+    /// The processor
+    Cpu,
+}
+
+/// Runs the command and reports its error.
+pub(crate) fn run(args: Args) -> ExitCode {
+    let result = match args.command {
+        Command::Generate(args) => generate::run(*args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Verify(args) => verify::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        // A reader that has seen enough is no failure.
+        if error
+            .downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+        {
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("error: {}", describe(&error));
+        ExitCode::FAILURE
+    })
+}
+
+/// The error with those of its causes that it does not mention itself.
+fn describe(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// A bundle on its device.
+struct Loaded {
+    engine: Engine,
+    bundle: Bundle,
+    load_time: Duration,
+}
+
+fn load(path: &Path, args: &DeviceArgs) -> anyhow::Result<Loaded> {
+    let start = Instant::now();
+    // Shown on terminals only; the first frame comes after a tick.
+    let spinner = ProgressBar::new_spinner().with_message(format!("loading {}", path.display()));
+    spinner.enable_steady_tick(Duration::from_millis(250));
+    let bundle = Bundle::open(path)?;
+    let DeviceKind::Cpu = args.device;
+    let cpu = CpuOptions {
+        threads: args.threads.map(usize::from),
+        kv_cache_bytes: args.kv_cache_mb.map(|mib| u64::from(mib) << 20),
+    };
+    let engine = Engine::load(&bundle, &LoadOptions { cpu })
+        .with_context(|| format!("cannot load {}", path.display()))?;
+    spinner.finish_and_clear();
+    Ok(Loaded {
+        engine,
+        bundle,
+        load_time: start.elapsed(),
+    })
+}
+
+/// A file's bytes; `-` is standard input.
+fn read_file(path: &PathBuf) -> anyhow::Result<Vec<u8>> {
+    if path.as_os_str() == "-" {
+        let mut bytes = Vec::new();
+        io::Read::read_to_end(&mut io::stdin().lock(), &mut bytes)
+            .context("cannot read standard input")?;
+        return Ok(bytes);
+    }
+    std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let io = io::Error::other("disk on fire");
+        let error = anyhow::Error::new(io).context("cannot read x");
+        assert_eq!(describe(&error), "cannot read x: disk on fire");
+        let error = anyhow::anyhow!("cannot read x: disk on fire");
+        let error = anyhow::Error::new(io::Error::other("disk on fire")).context(error.to_string());
+        assert_eq!(describe(&error), "cannot read x: disk on fire");
+    }
+}

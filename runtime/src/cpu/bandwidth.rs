@@ -1,0 +1,89 @@
+//! How fast this machine reads memory: the yardstick of everything that is bound by it.
+
+use super::ThreadPool;
+use super::pool::partition;
+use super::scratch::{Buffer, Shards};
+use super::simd::{Isa, Kernel, LANES, Simd};
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Read bandwidth in GB/s (10^9 bytes a second) over several passes.
+#[derive(Clone, Copy, Debug)]
+pub struct Bandwidth {
+    /// Of the passes' middle one.
+    pub median: f64,
+    /// Of the fastest pass.
+    pub best: f64,
+}
+
+const PASSES: usize = 9;
+
+/// Reads a buffer of `bytes` bytes, which should be far larger than the caches, with all threads of
+/// `pool`, each its own contiguous part.
+pub fn read_bandwidth(pool: &ThreadPool, isa: Isa, bytes: usize) -> Bandwidth {
+    let len = (bytes / size_of::<f32>()).next_multiple_of(LANES);
+    let mut buffer = Buffer::default();
+    let values = &mut buffer.reserve(len)[..len];
+    // A page that was never written is not memory yet.
+    let shards = Shards::new(values);
+    pool.run(|thread| {
+        let range = partition(len, pool.threads(), thread);
+        // SAFETY: each thread writes its own part.
+        unsafe { shards.range(range.start, range.len()) }.fill(1.0);
+    });
+    let values = &*values;
+    let mut seconds: Vec<f64> = (0..PASSES + 1)
+        .map(|_| {
+            let start = Instant::now();
+            pool.run(|thread| {
+                let range = partition(len, pool.threads(), thread);
+                black_box(isa.run(Sum(&values[range])));
+            });
+            start.elapsed().as_secs_f64()
+        })
+        .skip(1)
+        .collect();
+    seconds.sort_unstable_by(f64::total_cmp);
+    let rate = |seconds: f64| (len * size_of::<f32>()) as f64 / seconds / 1e9;
+    Bandwidth {
+        median: rate(seconds[PASSES / 2]),
+        best: rate(seconds[0]),
+    }
+}
+
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        const UNROLL: usize = 4;
+        let mut sums = [simd.zero(); UNROLL];
+        for chunk in self.0.chunks_exact(UNROLL * LANES) {
+            simd.prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(2048));
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the chunk has UNROLL vectors.
+                *sum = simd.add(*sum, unsafe {
+                    simd.load_f32(chunk.as_ptr().add(i * LANES))
+                });
+            }
+        }
+        let [a, b, c, d] = sums;
+        simd.sum_lanes(simd.add(simd.add(a, b), simd.add(c, d)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gives_a_rate() {
+        for threads in [1, 2, 3] {
+            let pool = ThreadPool::new(threads).unwrap();
+            let rate = read_bandwidth(&pool, Isa::Portable, 4 << 20);
+            assert!(rate.best >= rate.median && rate.median > 0.0);
+        }
+    }
+}

@@ -1,0 +1,757 @@
+//! Linear layers with what surrounds them: `out = act(norm(x) * W^T + b) + residual`.
+//!
+//! Every output is one chain of fused multiply-adds over k = 0, 1, .. K-1 from zero, then the bias,
+//! the activation, the residual. Blocking never splits a chain: partial sums are kept in `f32` and
+//! resumed. So a row has the same bits whatever it is computed together with.
+//!
+//! W is taken panel by panel and converted in registers. Up to a few rows, a tile of all the rows and
+//! a whole panel across streams through memory. For more, a block of a panel that stays in the L1
+//! cache meets all rows of a chunk before the next is read, as in BLIS (Van Zee and van de Geijn
+//! 2015), while the next one is being fetched.
+
+use super::norm::{self, Stats};
+use super::pool::partition;
+use super::rows::SharedRows;
+use super::scratch::Shards;
+use super::simd::{Element, Isa, Kernel, LANES, Simd};
+use super::storage::{PackedMatrix, Storage};
+use super::tile::{Tile, Tiles};
+use super::{Cpu, Norm, Rows, RowsMut};
+use kiln_bundle::packing::{PANEL, panels};
+use std::ops::Range;
+
+/// What follows the bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// The identity.
+    None,
+    /// max(x, 0)
+    Relu,
+    /// GPT-2's GELU: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    GeluNew,
+}
+
+/// Rows (T, N) to be added after the activation.
+#[derive(Clone, Copy, Debug)]
+pub struct Residual<'a> {
+    /// (T, N); the former contents of the output where absent.
+    pub rows: Option<Rows<'a>>,
+    /// Applied to the rows before they are added, over their N values.
+    pub norm: Option<Norm<'a>>,
+}
+
+/// A linear layer and what is fused into it.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear<'a> {
+    /// W: (N, K).
+    pub weight: PackedMatrix<'a>,
+    /// (N).
+    pub bias: Option<&'a [f32]>,
+    /// Applied to the input rows, over their K values.
+    pub norm: Option<Norm<'a>>,
+    /// Input row of each output row; the row of the same number where absent.
+    pub row_map: Option<&'a [u32]>,
+    /// Applied after the bias.
+    pub activation: Activation,
+    /// Added last.
+    pub residual: Option<Residual<'a>>,
+}
+
+impl<'a> Linear<'a> {
+    /// The product alone.
+    pub fn new(weight: PackedMatrix<'a>) -> Linear<'a> {
+        Linear {
+            weight,
+            bias: None,
+            norm: None,
+            row_map: None,
+            activation: Activation::None,
+            residual: None,
+        }
+    }
+
+    fn check(&self, x: &Rows<'_>, out: &RowsMut<'_>) {
+        let (n, k) = (self.weight.n(), self.weight.k());
+        assert_eq!(x.cols(), k, "columns of x and of W");
+        assert_eq!(out.cols(), n, "columns of out and rows of W");
+        assert!(
+            self.bias.is_none_or(|bias| bias.len() == n),
+            "a bias of {n} values"
+        );
+        match self.row_map {
+            None => assert_eq!(x.rows(), out.rows(), "rows in and rows out"),
+            Some(map) => {
+                assert_eq!(map.len(), out.rows(), "an input row for each output row");
+                assert!(
+                    map.iter().all(|&t| (t as usize) < x.rows()),
+                    "input rows that exist"
+                );
+            }
+        }
+        if let Some(norm) = self.norm {
+            norm.check(k);
+        }
+        if let Some(residual) = self.residual {
+            if let Some(rows) = residual.rows {
+                assert_eq!(
+                    (rows.rows(), rows.cols()),
+                    (out.rows(), n),
+                    "rows of the residual"
+                );
+            }
+            if let Some(norm) = residual.norm {
+                norm.check(n);
+            }
+        }
+    }
+}
+
+/// Bytes of a panel in a block: half of the L1 cache.
+const BLOCK_BYTES: usize = 16 * 1024;
+/// Rows of x that a block meets: their share of x stays in the L2 cache.
+const CHUNK_ROWS: usize = 96;
+/// Up to this many rows the threads take contiguous parts of W, read once from memory; beyond, the
+/// work is bound by arithmetic and threads claim panels as they get ready.
+const STREAMED_ROWS: usize = 32;
+/// Values of x below which the caller prepares them alone.
+const PREPARE_ALONE: usize = 16 * 1024;
+/// Bytes from the weights being multiplied to those being asked for, where each is used once.
+const PREFETCH_BYTES: usize = 2048;
+
+/// Computes `op` for the rows of `x`, (T, K), into `out`, (T, N).
+pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>) {
+    op.check(&x, &out);
+    if out.rows() == 0 || out.cols() == 0 {
+        return;
+    }
+    match op.weight.data {
+        Storage::F32(weight) => multiply(cpu, op, weight, x, &mut out),
+        Storage::F16(weight) => multiply(cpu, op, weight, x, &mut out),
+        Storage::Bf16(weight) => multiply(cpu, op, weight, x, &mut out),
+    }
+}
+
+fn multiply<E: Element>(
+    cpu: &mut Cpu,
+    op: &Linear<'_>,
+    weight: &[E],
+    x: Rows<'_>,
+    out: &mut RowsMut<'_>,
+) {
+    let (isa, pool) = (cpu.isa, &cpu.pool);
+    let (t, k) = (out.rows(), op.weight.k());
+    let tiles = Tiles::new(t, isa.run(TileRows));
+
+    let prepare = Prepare { isa, op, x, tiles };
+    let stats = &mut cpu.scratch.stats;
+    prepare.residual_stats(stats, out);
+    let rows = if t == 1 && op.norm.is_none() {
+        prepare.input(0)
+    } else {
+        let rows = cpu.scratch.rows.reserve((t + tiles.count) * k);
+        prepare.rows(rows, pool);
+        &rows[..t * k]
+    };
+
+    let threads = &mut cpu.scratch.threads;
+    for buffer in threads.iter_mut() {
+        buffer.reserve(CHUNK_ROWS.next_multiple_of(tiles.tallest()) * PANEL);
+    }
+    let threads = Shards::new(threads);
+    let product = Product {
+        k,
+        weight,
+        rows,
+        tiles,
+        op,
+        stats,
+        out: out.shared(),
+    };
+    let panels = panels(op.weight.n());
+    let chunks = chunks(&tiles, panels, pool.threads());
+    let multiply = |thread: usize, task: usize| {
+        isa.run(MultiplyPanel {
+            product: &product,
+            panel: task % panels,
+            tiles: partition(tiles.count, chunks, task / panels),
+            // SAFETY: a thread uses the buffer of its own number.
+            sums: unsafe { threads.get(thread) }.reserve(0),
+        });
+    };
+    if t <= STREAMED_ROWS && chunks == 1 {
+        pool.run(|thread| {
+            let panels = partition(panels, pool.threads(), thread);
+            panels.for_each(|panel| multiply(thread, panel));
+        });
+    } else {
+        pool.parallel_for(chunks * panels, multiply);
+    }
+}
+
+/// Chunks of tiles: few enough to make use of W's blocks, enough to give every thread work.
+fn chunks(tiles: &Tiles, panels: usize, threads: usize) -> usize {
+    let for_cache = tiles.rows.div_ceil(CHUNK_ROWS);
+    let for_threads = (3 * threads)
+        .div_ceil(panels)
+        .min(tiles.rows.div_ceil(STREAMED_ROWS));
+    if threads == 1 {
+        for_cache
+    } else {
+        for_cache.max(for_threads)
+    }
+}
+
+/// Rows of the tallest tile.
+struct TileRows;
+
+impl Kernel for TileRows {
+    type Output = usize;
+
+    fn run<S: Simd>(self, _: S) -> usize {
+        S::TILE_ROWS
+    }
+}
+
+/// What is done before the product.
+struct Prepare<'a> {
+    isa: Isa,
+    op: &'a Linear<'a>,
+    x: Rows<'a>,
+    tiles: Tiles,
+}
+
+impl<'a> Prepare<'a> {
+    /// The input of output row `t`.
+    fn input(&self, t: usize) -> &'a [f32] {
+        self.x.row(self.op.row_map.map_or(t, |map| map[t] as usize))
+    }
+
+    /// Mean and deviation of the residual rows, while the output still holds them.
+    fn residual_stats(&self, stats: &mut Vec<Stats>, out: &RowsMut<'_>) {
+        stats.clear();
+        if let Some(Residual {
+            rows,
+            norm: Some(norm),
+        }) = self.op.residual
+        {
+            let rows = rows.unwrap_or_else(|| out.as_rows());
+            stats.extend((0..out.rows()).map(|t| norm::stats(self.isa, rows.row(t), norm.eps)));
+        }
+    }
+
+    /// Writes the input rows, normalised, tile by tile: (K, rows of the tile) each. Behind the T*K
+    /// values there is room for a row of each tile.
+    fn rows(&self, rows: &mut [f32], pool: &super::ThreadPool) {
+        let (t, k) = (self.tiles.rows, self.x.cols());
+        let (rows, spare) = rows.split_at_mut(t * k);
+        let (rows, spare) = (Shards::new(rows), Shards::new(spare));
+        let prepare = |_: usize, tile: usize| {
+            let range = self.tiles.range(tile);
+            for (r, t) in range.clone().enumerate() {
+                let mut row = self.input(t);
+                if let Some(norm) = self.op.norm {
+                    // SAFETY: tile `tile` has its part of the spare memory to itself.
+                    let normalized = unsafe { spare.range(tile * k, k) };
+                    norm::normalize(self.isa, row, &norm, normalized);
+                    row = normalized;
+                }
+                // SAFETY: tile `tile` has the rows of its range to itself.
+                let interleaved = unsafe { rows.range(range.start * k, range.len() * k) };
+                for (x, column) in row.iter().zip(interleaved.chunks_exact_mut(range.len())) {
+                    column[r] = *x;
+                }
+            }
+        };
+        if t * k <= PREPARE_ALONE {
+            (0..self.tiles.count).for_each(|tile| prepare(0, tile));
+        } else {
+            pool.parallel_for(self.tiles.count, prepare);
+        }
+    }
+}
+
+/// The product at hand, shared by all threads.
+struct Product<'a, E> {
+    k: usize,
+    weight: &'a [E],
+    /// Prepared rows, tile by tile: (K, rows of the tile) each.
+    rows: &'a [f32],
+    tiles: Tiles,
+    op: &'a Linear<'a>,
+    /// Of the residual rows, where they are normalised.
+    stats: &'a [Stats],
+    out: SharedRows<'a>,
+}
+
+impl<E: Element> Product<'_, E> {
+    /// Where `W[PANEL * panel ..][k]` lies.
+    fn weight(&self, panel: usize, k: usize) -> *const E {
+        self.weight[(panel * self.k + k) * PANEL..].as_ptr()
+    }
+
+    /// Where `x[range][k]` lies.
+    fn rows(&self, range: &Range<usize>, k: usize) -> *const f32 {
+        self.rows[range.start * self.k + k * range.len()..].as_ptr()
+    }
+
+    /// Finishes and writes the outputs at (`t`, `col..col + 16`), as far as they exist.
+    ///
+    /// # Safety
+    /// No other thread uses these outputs.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&self, simd: S, sums: S::V, t: usize, col: usize) {
+        let width = self.op.weight.n().saturating_sub(col).min(LANES);
+        if width == 0 {
+            return;
+        }
+        let mut y = sums;
+        // SAFETY: `width` values from `col` exist in the bias, the residual and the output.
+        unsafe {
+            if let Some(bias) = self.op.bias {
+                y = simd.add(y, norm::load(simd, bias.as_ptr().add(col), width));
+            }
+            y = match self.op.activation {
+                Activation::None => y,
+                Activation::Relu => simd.max(simd.zero(), y),
+                Activation::GeluNew => gelu_new(simd, y),
+            };
+            let out = self.out.at(t, col);
+            if let Some(residual) = &self.op.residual {
+                let row = residual
+                    .rows
+                    .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
+                let mut r = norm::load(simd, row, width);
+                if let Some(norm) = &residual.norm {
+                    r = self.stats[t].apply(simd, r, norm, col, width);
+                }
+                y = simd.add(y, r);
+            }
+            norm::store(simd, out, y, width);
+        }
+    }
+}
+
+/// x / (1 + e^(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is 0.5 x (1 + tanh(u)).
+#[inline(always)]
+fn gelu_new<S: Simd>(simd: S, x: S::V) -> S::V {
+    const SCALE: f32 = -2.0 * 0.797_884_6;
+    let cubic = simd.fma(
+        simd.mul(x, x),
+        simd.splat(SCALE * 0.044_715),
+        simd.splat(SCALE),
+    );
+    let e = simd.exp(simd.mul(x, cubic));
+    simd.div(x, simd.add(simd.splat(1.0), e))
+}
+
+/// A panel against the tiles of a chunk, block by block.
+struct MultiplyPanel<'a, E> {
+    product: &'a Product<'a, E>,
+    panel: usize,
+    tiles: Range<usize>,
+    /// Room for a panel's outputs of the chunk.
+    sums: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for MultiplyPanel<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let product = self.product;
+        let few = product.tiles.rows <= S::DIRECT_ROWS;
+        if few || S::TILE_VECTORS * LANES == PANEL {
+            self.multiply::<S, { PANEL / LANES }>(simd, few);
+        } else {
+            self.multiply::<S, 1>(simd, false);
+        }
+    }
+}
+
+impl<E: Element> MultiplyPanel<'_, E> {
+    /// Multiplies with tiles of VECTORS vectors, and so in as many slices as make up a panel. With
+    /// `once`, the weights are used once, and blocks are of no use.
+    #[inline(always)]
+    fn multiply<S: Simd, const VECTORS: usize>(self, simd: S, once: bool) {
+        let MultiplyPanel {
+            product,
+            panel,
+            tiles,
+            sums,
+        } = self;
+        let (k, cut) = (product.k, product.tiles);
+        let first_row = cut.range(tiles.start).start;
+        let rows = cut.range(tiles.end - 1).end - first_row;
+        assert!(sums.len() >= rows * PANEL);
+        let column_bytes = PANEL * size_of::<E>();
+        let block_k = if once { k } else { BLOCK_BYTES / column_bytes };
+        let slices = PANEL / (VECTORS * LANES);
+        let calls = slices * tiles.len();
+
+        for k0 in (0..k).step_by(block_k) {
+            let len = block_k.min(k - k0);
+            let block = product.weight(panel, k0);
+            // Each call asks for its share of the next block.
+            let next = block.cast::<u8>().wrapping_add(len * column_bytes);
+            let share = column_bytes.div_ceil(calls);
+            let mut call = 0;
+            for slice in 0..slices {
+                let column = slice * VECTORS * LANES;
+                for range in tiles.clone().map(|tile| cut.range(tile)) {
+                    let c = sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
+                    let (ahead, ahead_step) = if once {
+                        (
+                            block.cast::<u8>().wrapping_add(PREFETCH_BYTES),
+                            column_bytes,
+                        )
+                    } else {
+                        (next.wrapping_add(call * len * share), share)
+                    };
+                    call += 1;
+                    let tile = Tile {
+                        k: len,
+                        a: product.rows(&range, k0),
+                        a_step: range.len(),
+                        a_stride: 1,
+                        b: block.wrapping_add(column),
+                        b_step: PANEL,
+                        c,
+                        c_stride: PANEL,
+                        resume: k0 > 0,
+                        ahead,
+                        ahead_step,
+                    };
+                    // SAFETY: the panel has `len` columns from k0, the prepared rows as many values,
+                    // and the sums a row for each row of the chunk.
+                    unsafe { tile.run_rows::<S, VECTORS>(simd, range.len()) };
+                    if k0 + len < k {
+                        continue;
+                    }
+                    for (r, t) in range.enumerate() {
+                        for v in (0..VECTORS * LANES).step_by(LANES) {
+                            // SAFETY: the tile has just written these sums; the outputs of this chunk
+                            // and panel belong to this task.
+                            unsafe {
+                                let sums = simd.load_f32(c.add(r * PANEL + v));
+                                product.finish(simd, sums, t, panel * PANEL + column + v);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{Elements, Random, bits, cpu, cpus, isas, pack};
+
+    /// A layer with everything, and its input.
+    struct Case {
+        n: usize,
+        k: usize,
+        t: usize,
+        x: Vec<f32>,
+        weight: Vec<f32>,
+        bias: Vec<f32>,
+        norm: [Vec<f32>; 2],
+        residual: Vec<f32>,
+        residual_norm: [Vec<f32>; 2],
+    }
+
+    impl Case {
+        fn new(t: usize, n: usize, k: usize) -> Case {
+            let mut random = Random::new((t * 1_000_003 + n * 1009 + k) as u64);
+            let mut scaled = |len: usize, scale: f32| -> Vec<f32> {
+                random.values(len).iter().map(|x| x * scale).collect()
+            };
+            Case {
+                n,
+                k,
+                t,
+                x: scaled(t * k, 1.0),
+                weight: scaled(n * k, 3.0 / (k as f32).sqrt()),
+                bias: scaled(n, 1.0),
+                norm: [scaled(k, 1.0), scaled(k, 1.0)],
+                residual: scaled(t * n, 1.0),
+                residual_norm: [scaled(n, 1.0), scaled(n, 1.0)],
+            }
+        }
+
+        fn linear<'a>(&'a self, packed: &'a Elements, variant: Variant) -> Linear<'a> {
+            let norm = |[weight, bias]: &'a [Vec<f32>; 2]| Norm {
+                weight: Some(weight),
+                bias: Some(bias),
+                eps: 1e-5,
+            };
+            Linear {
+                weight: PackedMatrix::new(packed.as_storage(), self.n, self.k).unwrap(),
+                bias: variant.bias.then_some(&self.bias),
+                norm: variant.norm.then(|| norm(&self.norm)),
+                row_map: None,
+                activation: variant.activation,
+                residual: variant.residual.then(|| Residual {
+                    rows: Some(Rows::new(&self.residual, self.t, self.n)),
+                    norm: variant.residual_norm.then(|| norm(&self.residual_norm)),
+                }),
+            }
+        }
+
+        fn run(&self, cpu: &mut Cpu, op: &Linear<'_>) -> Vec<f32> {
+            let mut out = vec![f32::NAN; self.t * self.n];
+            let x = Rows::new(&self.x, self.t, self.k);
+            linear(cpu, op, x, RowsMut::new(&mut out, self.t, self.n));
+            out
+        }
+
+        /// Row `t` in `f64`.
+        fn reference(&self, packed: &Elements, op: &Linear<'_>, t: usize) -> Vec<f64> {
+            let x = &self.x[t * self.k..][..self.k];
+            let x: Vec<f64> = match &op.norm {
+                Some(norm) => norm::reference(x, norm),
+                None => x.iter().map(|&x| f64::from(x)).collect(),
+            };
+            let residual = op.residual.map(|residual| {
+                let row = &self.residual[t * self.n..][..self.n];
+                match residual.norm {
+                    Some(norm) => norm::reference(row, &norm),
+                    None => row.iter().map(|&x| f64::from(x)).collect(),
+                }
+            });
+            (0..self.n)
+                .map(|n| {
+                    let w = |k| packed.get(kiln_bundle::packing::packed_index(n, k, self.k));
+                    let mut y: f64 = (0..self.k).map(|k| x[k] * f64::from(w(k))).sum();
+                    y += op.bias.map_or(0.0, |bias| f64::from(bias[n]));
+                    y = match op.activation {
+                        Activation::None => y,
+                        Activation::Relu => y.max(0.0),
+                        Activation::GeluNew => {
+                            let u =
+                                (2.0 / std::f64::consts::PI).sqrt() * (y + 0.044715 * y.powi(3));
+                            0.5 * y * (1.0 + u.tanh())
+                        }
+                    };
+                    y + residual.as_ref().map_or(0.0, |row| row[n])
+                })
+                .collect()
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Variant {
+        bias: bool,
+        norm: bool,
+        activation: Activation,
+        residual: bool,
+        residual_norm: bool,
+    }
+
+    const PLAIN: Variant = Variant {
+        bias: false,
+        norm: false,
+        activation: Activation::None,
+        residual: false,
+        residual_norm: false,
+    };
+    const VARIANTS: [Variant; 5] = [
+        PLAIN,
+        Variant {
+            bias: true,
+            norm: true,
+            ..PLAIN
+        },
+        Variant {
+            bias: true,
+            norm: true,
+            activation: Activation::Relu,
+            ..PLAIN
+        },
+        Variant {
+            bias: true,
+            activation: Activation::GeluNew,
+            residual: true,
+            ..PLAIN
+        },
+        Variant {
+            norm: true,
+            bias: true,
+            residual: true,
+            residual_norm: true,
+            ..PLAIN
+        },
+    ];
+
+    #[test]
+    fn matches_the_definition() {
+        for (t, n, k) in [
+            (1, 1, 1),
+            (1, 33, 40),
+            (2, 95, 17),
+            (3, 64, 300),
+            (5, 31, 257),
+            (7, 40, 64),
+        ]
+        .into_iter()
+        .chain([(13, 96, 600), (33, 70, 129), (200, 65, 90)])
+        {
+            let case = Case::new(t, n, k);
+            for packed in Elements::each(&pack(&case.weight, n, k)) {
+                for variant in VARIANTS {
+                    let op = case.linear(&packed, variant);
+                    let expect: Vec<f64> = (0..t)
+                        .flat_map(|t| case.reference(&packed, &op, t))
+                        .collect();
+                    for mut cpu in cpus() {
+                        for (found, expect) in case.run(&mut cpu, &op).iter().zip(&expect) {
+                            let error = (f64::from(*found) - expect).abs();
+                            assert!(error < 2e-5, "({t}, {n}, {k}): {found} for {expect}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_in_any_company() {
+        let (n, k) = (100, 520);
+        for isa in isas() {
+            let all = Case::new(300, n, k);
+            for packed in Elements::each(&pack(&all.weight, n, k)) {
+                for variant in VARIANTS {
+                    let whole = all.run(&mut cpu(isa, 1), &all.linear(&packed, variant));
+                    for threads in 1..=3 {
+                        let mut cpu = cpu(isa, threads);
+                        for t in [1, 2, 3, 4, 5, 6, 8, 13, 33, 64, 300] {
+                            // The last t rows.
+                            let first = 300 - t;
+                            let op = all.linear(&packed, variant);
+                            let op = Linear {
+                                residual: op.residual.map(|residual| Residual {
+                                    rows: Some(Rows::new(&all.residual[first * n..], t, n)),
+                                    ..residual
+                                }),
+                                ..op
+                            };
+                            let mut out = vec![0.0; t * n];
+                            let x = Rows::new(&all.x[first * k..], t, k);
+                            linear(&mut cpu, &op, x, RowsMut::new(&mut out, t, n));
+                            assert_eq!(
+                                bits(&out),
+                                bits(&whole[first * n..]),
+                                "{isa}: {t} rows, {threads} threads"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn avx512_agrees_with_avx2() {
+        if !Isa::Avx512.is_supported() {
+            return;
+        }
+        for t in [1, 4, 40] {
+            let case = Case::new(t, 70, 300);
+            for packed in Elements::each(&pack(&case.weight, case.n, case.k)) {
+                for variant in VARIANTS {
+                    let op = case.linear(&packed, variant);
+                    let narrow = case.run(&mut cpu(Isa::Avx2, 2), &op);
+                    assert_eq!(
+                        bits(&narrow),
+                        bits(&case.run(&mut cpu(Isa::Avx512, 2), &op))
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_gathered_and_written_with_strides() {
+        let (n, k) = (40, 24);
+        let case = Case::new(9, n, k);
+        let packed = &Elements::each(&pack(&case.weight, n, k))[2];
+        let op = case.linear(
+            packed,
+            Variant {
+                bias: true,
+                norm: true,
+                ..PLAIN
+            },
+        );
+        for mut cpu in cpus() {
+            let whole = case.run(&mut cpu, &op);
+            for map in [vec![4], vec![8, 0], vec![1, 1, 7, 3, 5], vec![]] {
+                let gathered = Linear {
+                    row_map: Some(&map),
+                    ..op
+                };
+                let mut out = vec![-1.0; map.len() * (n + 3)];
+                let rows = RowsMut::strided(&mut out, map.len(), n, n + 3);
+                linear(&mut cpu, &gathered, Rows::new(&case.x, 9, k), rows);
+                for (row, &t) in out.chunks_exact(n + 3).zip(&map) {
+                    assert_eq!(bits(&row[..n]), bits(&whole[t as usize * n..][..n]));
+                    assert_eq!(row[n..], [-1.0; 3]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_output_can_hold_the_residual() {
+        for t in [1, 3, 7, 40] {
+            let case = Case::new(t, 70, 50);
+            let packed = &Elements::each(&pack(&case.weight, case.n, case.k))[0];
+            for variant in VARIANTS.into_iter().filter(|v| v.residual) {
+                let op = case.linear(packed, variant);
+                for mut cpu in cpus() {
+                    let expect = case.run(&mut cpu, &op);
+                    let residual = op.residual.map(|residual| Residual {
+                        rows: None,
+                        ..residual
+                    });
+                    let mut out = case.residual.clone();
+                    let x = Rows::new(&case.x, t, case.k);
+                    let rows = RowsMut::new(&mut out, t, case.n);
+                    linear(&mut cpu, &Linear { residual, ..op }, x, rows);
+                    assert_eq!(bits(&out), bits(&expect));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gelu_is_accurate() {
+        struct Gelu([f32; LANES]);
+        impl Kernel for Gelu {
+            type Output = [f32; LANES];
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> [f32; LANES] {
+                // SAFETY: the array has sixteen values.
+                simd.to_array(gelu_new(simd, unsafe { simd.load_f32(self.0.as_ptr()) }))
+            }
+        }
+        for isa in isas() {
+            let mut x = -12.0f32;
+            while x < 12.0 {
+                let found = isa.run(Gelu([x; LANES]))[0];
+                let exact = f64::from(x);
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (exact + 0.044715 * exact.powi(3));
+                let exact = 0.5 * exact * (1.0 + u.tanh());
+                assert!(
+                    (f64::from(found) - exact).abs() < 1e-6 * exact.abs().max(0.5),
+                    "gelu({x})"
+                );
+                x += 0.0137;
+            }
+            assert!(isa.run(Gelu([-1e4; LANES]))[0].abs() < 1e-30);
+            assert_eq!(isa.run(Gelu([1e4; LANES]))[0], 1e4);
+            assert!(isa.run(Gelu([f32::NAN; LANES]))[0].is_nan());
+        }
+    }
+}

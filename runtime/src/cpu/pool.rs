@@ -1,0 +1,452 @@
+//! Fork-join threads for kernels.
+//!
+//! A decoded token takes some sixty fork-joins of tens of microseconds each, so idle workers spin
+//! for a while before they sleep, and a fork costs two cache-line transfers a worker: the job's
+//! number going out, the count of running workers coming back.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{hint, io, thread};
+
+/// How long an idle worker spins before it sleeps.
+const SPIN: Duration = Duration::from_micros(60);
+
+/// A fixed number of threads, the caller of [`run`](ThreadPool::run) among them.
+pub struct ThreadPool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    busy: AtomicBool,
+}
+
+impl ThreadPool {
+    /// A pool of `threads` threads: the caller and `threads - 1` workers.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn new(threads: usize) -> io::Result<ThreadPool> {
+        let threads = threads.max(1);
+        let shared = Arc::new(Shared {
+            epoch: Padded(AtomicU32::new(0)),
+            running: Padded(AtomicUsize::new(0)),
+            job: UnsafeCell::new(Job {
+                data: std::ptr::null(),
+                call: nothing,
+            }),
+            parked: (1..threads)
+                .map(|_| Padded(AtomicBool::new(false)))
+                .collect(),
+            panic: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            crowded: threads > thread::available_parallelism().map_or(1, |n| n.get()),
+        });
+        let mut pool = ThreadPool {
+            shared,
+            workers: Vec::new(),
+            busy: AtomicBool::new(false),
+        };
+        for index in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new()
+                .name(format!("kiln-cpu-{index}"))
+                .spawn(move || shared.work(index))?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// A thread for each physical core that this process may use.
+    ///
+    /// # Errors
+    /// As [`ThreadPool::new`].
+    pub fn with_physical_cores() -> io::Result<ThreadPool> {
+        ThreadPool::new(physical_cores().len())
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Binds the calling thread and each worker to a physical core of its own. Threads that the
+    /// caller spawns later inherit its core, so call this from a thread that only computes. Returns
+    /// whether it was done: not where there are fewer cores than threads or the system refuses.
+    pub fn pin(&self) -> bool {
+        let cores = physical_cores();
+        cores.len() >= self.threads() && affinity::pin(&self.workers, &cores)
+    }
+
+    /// Calls `f(thread)` once on every thread, thread 0 being the caller, and returns when all calls
+    /// have returned. A panic in any of them goes on in the caller. Within a job, or while another
+    /// thread has the pool, all the calls are made by the caller, one after the other.
+    pub fn run(&self, f: impl Fn(usize) + Sync) {
+        if self.workers.is_empty() || self.busy.swap(true, Ordering::Acquire) {
+            (0..self.threads()).for_each(f);
+            return;
+        }
+        let own = self.fork_join(&f);
+        self.busy.store(false, Ordering::Release);
+        let workers = self
+            .shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(panic) = own.err().or(workers) {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Calls `f(thread, task)` for each task in `0..tasks`; threads claim tasks in ascending order.
+    pub fn parallel_for(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
+        if tasks <= 1 || self.workers.is_empty() {
+            (0..tasks).for_each(|task| f(0, task));
+            return;
+        }
+        let next = Padded(AtomicUsize::new(0));
+        self.run(|thread| {
+            loop {
+                let task = next.0.fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    break;
+                }
+                f(thread, task);
+            }
+        });
+    }
+
+    fn fork_join<F: Fn(usize) + Sync>(&self, f: &F) -> thread::Result<()> {
+        unsafe fn call<F: Fn(usize)>(data: *const (), thread: usize) {
+            // SAFETY: `data` is the closure that `fork_join` keeps borrowed until all have returned.
+            unsafe { (*data.cast::<F>())(thread) }
+        }
+        let shared = &*self.shared;
+        shared
+            .running
+            .0
+            .store(self.workers.len(), Ordering::Relaxed);
+        // SAFETY: `busy` keeps other callers out, and the workers of the last job have all finished,
+        // so that nobody reads the cell; the new epoch below publishes what is written.
+        unsafe {
+            *shared.job.get() = Job {
+                data: std::ptr::from_ref(f).cast(),
+                call: call::<F>,
+            }
+        };
+        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        for (parked, worker) in shared.parked.iter().zip(&self.workers) {
+            if parked.0.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        // The workers borrow `f`: wait for them even if the caller's own part panics.
+        let own = catch_unwind(AssertUnwindSafe(|| f(0)));
+        let mut spins = 0u32;
+        while shared.running.0.load(Ordering::Acquire) != 0 {
+            spins += 1;
+            if shared.crowded || spins > 20_000 {
+                thread::yield_now();
+            } else {
+                hint::spin_loop();
+            }
+        }
+        own
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker hands its panics to the caller of `run`, so this one returns.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// The part of `0..len` that falls to `part` of `parts`: contiguous, sizes at most one apart.
+pub fn partition(len: usize, parts: usize, part: usize) -> Range<usize> {
+    len * part / parts..len * (part + 1) / parts
+}
+
+/// One logical CPU of every physical core that this process may use, at least one.
+pub fn physical_cores() -> Vec<usize> {
+    let mut siblings_seen = Vec::new();
+    let mut cores = affinity::allowed();
+    cores.retain(|cpu| {
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        let siblings = std::fs::read_to_string(path).unwrap_or_else(|_| cpu.to_string());
+        let new = !siblings_seen.contains(&siblings);
+        siblings_seen.push(siblings);
+        new
+    });
+    // A container may be given less time than it is given CPUs.
+    let quota = thread::available_parallelism().map_or(1, |n| n.get());
+    cores.truncate(quota);
+    if cores.is_empty() { vec![0] } else { cores }
+}
+
+/// Keeps a value away from the cache lines of its neighbours.
+#[repr(align(128))]
+struct Padded<T>(T);
+
+#[derive(Clone, Copy)]
+struct Job {
+    data: *const (),
+    call: unsafe fn(*const (), usize),
+}
+
+unsafe fn nothing(_: *const (), _: usize) {}
+
+struct Shared {
+    /// Number of the job at hand.
+    epoch: Padded<AtomicU32>,
+    /// Workers that have not finished it.
+    running: Padded<AtomicUsize>,
+    job: UnsafeCell<Job>,
+    /// Which workers sleep, or are about to.
+    parked: Vec<Padded<AtomicBool>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    stop: AtomicBool,
+    /// More threads than cores: spinning would keep the others from running.
+    crowded: bool,
+}
+
+// SAFETY: `job` is written only while no worker runs and read only after the epoch that publishes it;
+// what it points at is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn work(&self, index: usize) {
+        let mut seen = 0;
+        loop {
+            seen = self.next_epoch(index, seen);
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            // SAFETY: published by the epoch just seen, and not written again before this worker
+            // has counted itself out below.
+            let job = unsafe { *self.job.get() };
+            // SAFETY: the caller keeps what `data` points at alive until every worker has finished.
+            let result = catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.data, index) }));
+            if let Err(panic) = result {
+                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+            }
+            self.running.0.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for a job after number `seen`.
+    fn next_epoch(&self, index: usize, seen: u32) -> u32 {
+        let deadline = Instant::now() + SPIN;
+        loop {
+            for _ in 0..64 {
+                let epoch = self.epoch.0.load(Ordering::Acquire);
+                if epoch != seen {
+                    return epoch;
+                }
+                if self.crowded {
+                    thread::yield_now();
+                } else {
+                    hint::spin_loop();
+                }
+            }
+            if Instant::now() > deadline {
+                break;
+            }
+        }
+        // The flag goes up before the epoch is looked at again, and the caller of `run` looks at the
+        // flag after it has raised the epoch: one of the two sees the other.
+        let parked = &self.parked[index - 1].0;
+        parked.store(true, Ordering::SeqCst);
+        let epoch = loop {
+            let epoch = self.epoch.0.load(Ordering::SeqCst);
+            if epoch != seen {
+                break epoch;
+            }
+            thread::park();
+        };
+        parked.store(false, Ordering::SeqCst);
+        epoch
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod affinity {
+    use std::os::unix::thread::JoinHandleExt;
+    use std::thread::JoinHandle;
+
+    /// The CPUs that this thread may run on.
+    pub(super) fn allowed() -> Vec<usize> {
+        let mut set = empty();
+        // SAFETY: the kernel writes at most the size given into `set`.
+        let status =
+            unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut set) };
+        if status != 0 {
+            return Vec::new();
+        }
+        let limit = 8 * size_of::<libc::cpu_set_t>();
+        // SAFETY: `cpu` is below the number of bits in the set.
+        (0..limit)
+            .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
+            .collect()
+    }
+
+    /// Binds this thread to the first core, and each worker to one of the others.
+    pub(super) fn pin(workers: &[JoinHandle<()>], cores: &[usize]) -> bool {
+        // SAFETY: takes no arguments and cannot fail.
+        let caller = unsafe { libc::pthread_self() };
+        let threads = std::iter::once(caller).chain(workers.iter().map(|w| w.as_pthread_t()));
+        // Every thread is tried, even after one was refused.
+        threads.zip(cores).fold(true, |pinned, (thread, &core)| {
+            let mut set = empty();
+            // SAFETY: the CPU comes from a set of the same size; the thread has not been joined.
+            let status = unsafe {
+                libc::CPU_SET(core, &mut set);
+                libc::pthread_setaffinity_np(thread, size_of::<libc::cpu_set_t>(), &raw const set)
+            };
+            status == 0 && pinned
+        })
+    }
+
+    fn empty() -> libc::cpu_set_t {
+        // SAFETY: a bit set, for which all zeros means no CPU.
+        unsafe { std::mem::zeroed() }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod affinity {
+    use std::thread::JoinHandle;
+
+    pub(super) fn allowed() -> Vec<usize> {
+        (0..std::thread::available_parallelism().map_or(1, |n| n.get())).collect()
+    }
+
+    pub(super) fn pin(_: &[JoinHandle<()>], _: &[usize]) -> bool {
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_thread_runs_once() {
+        for threads in [1, 2, 3, 7] {
+            let pool = ThreadPool::new(threads).unwrap();
+            for _ in 0..200 {
+                let calls: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(|thread| {
+                    calls[thread].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn sleeping_workers_wake() {
+        let pool = ThreadPool::new(2).unwrap();
+        let calls = AtomicUsize::new(0);
+        for pause_us in [0, 30, 60, 61, 90, 500, 5000] {
+            thread::sleep(Duration::from_micros(pause_us));
+            pool.run(|_| {
+                calls.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(calls.into_inner(), 14);
+    }
+
+    #[test]
+    fn tasks_run_once_each() {
+        let pool = ThreadPool::new(3).unwrap();
+        for tasks in [0, 1, 2, 100] {
+            let calls: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            pool.parallel_for(tasks, |_, task| {
+                calls[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn panics_reach_the_caller_and_leave_the_pool_usable() {
+        let pool = ThreadPool::new(3).unwrap();
+        for culprit in 0..3 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(|thread| assert!(thread != culprit, "thread {thread} fails"));
+            }));
+            let panic = result.unwrap_err();
+            assert_eq!(
+                *panic.downcast::<String>().unwrap(),
+                format!("thread {culprit} fails")
+            );
+        }
+        let calls = AtomicUsize::new(0);
+        pool.run(|_| {
+            calls.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(calls.into_inner(), 3);
+    }
+
+    #[test]
+    fn nested_jobs_run_in_place() {
+        let pool = ThreadPool::new(2).unwrap();
+        let calls = AtomicUsize::new(0);
+        pool.run(|_| {
+            pool.run(|_| {
+                calls.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(calls.into_inner(), 4);
+    }
+
+    #[test]
+    fn pinning_gives_each_thread_a_core() {
+        // On a thread of its own, which the pinning cannot outlive.
+        thread::spawn(|| {
+            let pool = ThreadPool::with_physical_cores().unwrap();
+            assert_eq!(pool.threads(), physical_cores().len());
+            if pool.pin() {
+                let wide = AtomicUsize::new(0);
+                pool.run(|_| {
+                    wide.fetch_add(
+                        usize::from(affinity::allowed().len() > 1),
+                        Ordering::Relaxed,
+                    );
+                });
+                assert_eq!(wide.into_inner(), 0);
+            }
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn partitions_cover_and_balance() {
+        for len in 0..40 {
+            for parts in 1..9 {
+                let ranges: Vec<_> = (0..parts).map(|part| partition(len, parts, part)).collect();
+                assert_eq!(ranges[0].start, 0);
+                assert_eq!(ranges[parts - 1].end, len);
+                assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start));
+                assert!(
+                    ranges
+                        .iter()
+                        .all(|r| r.len() == len / parts || r.len() == len / parts + 1)
+                );
+            }
+        }
+    }
+}

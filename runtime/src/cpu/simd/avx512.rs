@@ -1,0 +1,159 @@
+//! One AVX-512 register a vector.
+
+use super::{Kernel, LANES, Simd};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// Proof that the machine has AVX-512 F, BW and VL, and all that `Avx2` asks for.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+/// Runs the AVX-512 form of `kernel`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+/// An instruction that the proof covers.
+macro_rules! proven {
+    ($instruction:expr) => {
+        // SAFETY: a value of `Avx512` exists only where the machine has the instruction.
+        unsafe { $instruction }
+    };
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+
+    const TILE_ROWS: usize = 12;
+    const TILE_VECTORS: usize = 2;
+    const DIRECT_ROWS: usize = 6;
+
+    #[inline(never)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: a value of `Avx512` exists only where the machine has the features.
+        unsafe { run(kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        proven!(_mm512_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        proven!(_mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        proven!(_mm512_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        proven!(_mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        proven!(_mm512_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        proven!(_mm512_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        proven!(_mm512_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        proven!(_mm512_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn round(self, v: Self::V) -> Self::V {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        proven!(_mm512_roundscale_ps::<NEAREST>(v))
+    }
+
+    #[inline(always)]
+    fn exp2_integral(self, n: Self::V) -> Self::V {
+        proven!({
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+        })
+    }
+
+    #[inline(always)]
+    fn keep_first(self, v: Self::V, n: usize, fill: f32) -> Self::V {
+        let kept = ((1u32 << n.min(LANES)) - 1) as __mmask16;
+        proven!(_mm512_mask_blend_ps(kept, _mm512_set1_ps(fill), v))
+    }
+
+    #[inline(always)]
+    fn to_array(self, v: Self::V) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: the array has sixteen values.
+        unsafe { self.store_f32(lanes.as_mut_ptr(), v) };
+        lanes
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(self, p: *const f32) -> Self::V {
+        // SAFETY: as in `proven!`; sixteen values are readable.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> Self::V {
+        // SAFETY: as in `proven!`; sixteen values are readable.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::V {
+        // SAFETY: as in `proven!`; sixteen values are readable.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(self, p: *mut f32, v: Self::V) {
+        // SAFETY: as in `proven!`; sixteen values are writable.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, v: Self::V) {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: as in `proven!`; sixteen values are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: Self::V) {
+        // SAFETY: as in `proven!`; sixteen values are writable.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            let not_a_number = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let rounded = _mm512_mask_blend_epi32(not_a_number, rounded, _mm512_set1_epi32(0x7fc0));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(rounded));
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}

@@ -1,0 +1,495 @@
+//! Vectors of sixteen `f32`, whatever the machine's registers: one of AVX-512, two of AVX2, or an
+//! array. Kernels are written once over [`Simd`]; because the lanes are always sixteen, reductions
+//! have the same order everywhere.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use half::{bf16, f16};
+use std::{env, fmt, str::FromStr};
+
+/// Lanes of a vector.
+pub(super) const LANES: usize = 16;
+
+/// Instruction sets that kernels are compiled for, slowest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Whatever the build's target has at least.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW and VL, besides those of [`Isa::Avx2`].
+    Avx512,
+}
+
+impl Isa {
+    /// All of them, slowest first.
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+
+    /// The best that this machine has, or the one that the environment variable `KILN_ISA` names.
+    ///
+    /// # Errors
+    /// When `KILN_ISA` names none, or one that this machine lacks.
+    pub fn detect() -> Result<Isa, IsaError> {
+        match env::var("KILN_ISA") {
+            Ok(name) => name.parse::<Isa>()?.supported(),
+            Err(env::VarError::NotPresent) => {
+                let best = Isa::ALL.into_iter().rev().find(|isa| isa.is_supported());
+                Ok(best.unwrap_or(Isa::Portable))
+            }
+            Err(env::VarError::NotUnicode(name)) => {
+                Err(IsaError::Unknown(name.to_string_lossy().into_owned()))
+            }
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_supported(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_supported()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => false,
+        }
+    }
+
+    /// Itself.
+    ///
+    /// # Errors
+    /// [`IsaError::Unsupported`] when this machine lacks it.
+    pub fn supported(self) -> Result<Isa, IsaError> {
+        if self.is_supported() {
+            Ok(self)
+        } else {
+            Err(IsaError::Unsupported(self))
+        }
+    }
+
+    /// The spelling that `KILN_ISA` takes.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Runs the form of `kernel` that is compiled for this instruction set.
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        assert!(self.is_supported(), "this machine has no {self}");
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the machine has the features, as just asserted.
+            Isa::Avx2 => unsafe { avx2::run(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx512 => unsafe { avx512::run(kernel) },
+            _ => portable::run(kernel),
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = IsaError;
+
+    fn from_str(name: &str) -> Result<Isa, IsaError> {
+        let found = Isa::ALL.into_iter().find(|isa| isa.name() == name);
+        found.ok_or_else(|| IsaError::Unknown(name.to_owned()))
+    }
+}
+
+/// An instruction set that cannot be used: a mistake in the environment.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IsaError {
+    /// No such name.
+    #[error("KILN_ISA is {0:?}; known are portable, avx2 and avx512")]
+    Unknown(String),
+    /// Known, but this machine cannot run it.
+    #[error("this machine has no {0}; unset KILN_ISA to use the best that it has")]
+    Unsupported(Isa),
+}
+
+/// A computation to be compiled for every instruction set. Its parts must be `#[inline(always)]`,
+/// down to the vector operations, to be compiled with the set's features.
+pub(super) trait Kernel {
+    type Output;
+
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Operations on vectors of sixteen `f32`. A value of the type is proof that the machine has the
+/// instructions.
+pub(super) trait Simd: Copy {
+    /// Sixteen lanes.
+    type V: Copy;
+
+    /// Rows of a register tile of matrix products: 6 or 12.
+    const TILE_ROWS: usize;
+    /// Vectors across a register tile of matrix products: 1 or 2.
+    const TILE_VECTORS: usize;
+    /// Rows up to which a tile is a whole panel of weights across: 2, or more where others are too.
+    const DIRECT_ROWS: usize;
+
+    /// Runs `kernel` as a function of its own. Implementations are `#[inline(never)]` themselves, and
+    /// without target features, because rustc drops that attribute from functions that have some.
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a` where it is greater, else `b`; so `b` where either is no number.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a` where it is less, else `b`; so `b` where either is no number.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the instruction set can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The nearest integers, ties to even.
+    fn round(self, v: Self::V) -> Self::V;
+    /// 2^n for integral n in -126..=127.
+    fn exp2_integral(self, n: Self::V) -> Self::V;
+    /// The first `n` lanes of `v`, `fill` in the others.
+    fn keep_first(self, v: Self::V, n: usize, fill: f32) -> Self::V;
+    fn to_array(self, v: Self::V) -> [f32; LANES];
+
+    /// # Safety
+    /// `p` is valid for reading sixteen values.
+    unsafe fn load_f32(self, p: *const f32) -> Self::V;
+    /// # Safety
+    /// `p` is valid for reading sixteen values.
+    unsafe fn load_f16(self, p: *const f16) -> Self::V;
+    /// # Safety
+    /// `p` is valid for reading sixteen values.
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
+    /// # Safety
+    /// `p` is valid for writing sixteen values.
+    unsafe fn store_f32(self, p: *mut f32, v: Self::V);
+    /// Rounds to the nearest, ties to even.
+    ///
+    /// # Safety
+    /// `p` is valid for writing sixteen values.
+    unsafe fn store_f16(self, p: *mut f16, v: Self::V);
+    /// Rounds to the nearest, ties to even.
+    ///
+    /// # Safety
+    /// `p` is valid for writing sixteen values.
+    unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// Asks for the cache line at `p`, which need not be valid.
+    fn prefetch(self, p: *const u8);
+
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        self.splat(0.0)
+    }
+
+    /// Sum of the lanes, by halves.
+    #[inline(always)]
+    fn sum_lanes(self, v: Self::V) -> f32 {
+        fold_lanes(self.to_array(v), |a, b| a + b)
+    }
+
+    /// Greatest of the lanes.
+    #[inline(always)]
+    fn max_lanes(self, v: Self::V) -> f32 {
+        fold_lanes(self.to_array(v), |a, b| if a > b { a } else { b })
+    }
+
+    /// e^v to two units in the last place, for v clamped to the range of normal numbers; a polynomial
+    /// on [-ln 2 / 2, ln 2 / 2], as in Cephes' `expf`.
+    #[inline(always)]
+    fn exp(self, v: Self::V) -> Self::V {
+        let v = self.min(self.splat(88.376_26), self.max(self.splat(-87.336_54), v));
+        let n = self.round(self.mul(v, self.splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, so that the remainder is exact.
+        let r = self.fma(n, self.splat(-0.693_359_4), v);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        let p = self.fma(p, self.mul(r, r), self.add(r, self.splat(1.0)));
+        self.mul(p, self.exp2_integral(n))
+    }
+}
+
+#[inline(always)]
+fn fold_lanes(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let a: [f32; 8] = std::array::from_fn(|i| f(lanes[i], lanes[i + 8]));
+    let a: [f32; 4] = std::array::from_fn(|i| f(a[i], a[i + 4]));
+    f(f(a[0], a[2]), f(a[1], a[3]))
+}
+
+/// A type that tensors are stored in.
+pub(super) trait Element: bytemuck::Pod + Send + Sync {
+    /// # Safety
+    /// `p` is valid for reading sixteen elements.
+    unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
+
+    /// # Safety
+    /// `p` is valid for writing sixteen elements.
+    unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
+
+    /// The first `n` lanes from `p`, zero in the others.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `n` elements.
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V {
+        let mut lanes = [Self::zeroed(); LANES];
+        // SAFETY: `n` elements are readable, and the array has as many.
+        unsafe { p.copy_to_nonoverlapping(lanes.as_mut_ptr(), n.min(LANES)) };
+        // SAFETY: the array has sixteen elements.
+        unsafe { Self::load(simd, lanes.as_ptr()) }
+    }
+
+    /// Writes the first `n` lanes to `p`.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `n` elements.
+    #[inline(always)]
+    unsafe fn store_first<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize) {
+        let mut lanes = [Self::zeroed(); LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { Self::store(simd, lanes.as_mut_ptr(), v) };
+        // SAFETY: `n` elements are writable, and the array has as many.
+        unsafe { lanes.as_ptr().copy_to_nonoverlapping(p, n.min(LANES)) };
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const f32) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { simd.load_f32(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut f32, v: S::V) {
+        // SAFETY: the caller's.
+        unsafe { simd.store_f32(p, v) }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const f16) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { simd.load_f16(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut f16, v: S::V) {
+        // SAFETY: the caller's.
+        unsafe { simd.store_f16(p, v) }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const bf16) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { simd.load_bf16(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut bf16, v: S::V) {
+        // SAFETY: the caller's.
+        unsafe { simd.store_bf16(p, v) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{Random, isas};
+
+    /// Applies a function of vectors to sixteen values.
+    macro_rules! lanes {
+        ($isa:expr, $input:expr, |$simd:ident, $v:ident| $body:expr) => {{
+            struct Apply([f32; LANES]);
+            impl Kernel for Apply {
+                type Output = [f32; LANES];
+                #[inline(always)]
+                fn run<S: Simd>(self, $simd: S) -> [f32; LANES] {
+                    // SAFETY: the array has sixteen values.
+                    let $v = unsafe { $simd.load_f32(self.0.as_ptr()) };
+                    $simd.to_array($body)
+                }
+            }
+            $isa.run(Apply($input))
+        }};
+    }
+
+    #[test]
+    fn names_are_parsed_and_unknown_ones_refused() {
+        for isa in Isa::ALL {
+            assert_eq!(isa.name().parse(), Ok(isa));
+        }
+        let error = "sse9".parse::<Isa>().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "KILN_ISA is \"sse9\"; known are portable, avx2 and avx512"
+        );
+        for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_supported()) {
+            assert_eq!(isa.supported(), Err(IsaError::Unsupported(isa)));
+        }
+    }
+
+    #[test]
+    fn exp_is_accurate() {
+        for isa in isas() {
+            let mut x = -87.0f32;
+            while x < 88.0 {
+                let input = std::array::from_fn(|i| x + i as f32 * 1e-3);
+                let output = lanes!(isa, input, |s, v| s.exp(v));
+                for (x, y) in input.into_iter().zip(output) {
+                    let exact = f64::from(x).exp();
+                    assert!(
+                        (f64::from(y) / exact - 1.0).abs() < 2.5e-7,
+                        "{isa}: exp({x}) = {y}"
+                    );
+                }
+                x += 0.0171;
+            }
+            let output = lanes!(isa, [f32::NEG_INFINITY; LANES], |s, v| s.exp(v));
+            assert!(output.iter().all(|&y| (0.0..1.2e-38).contains(&y)));
+            assert!(
+                lanes!(isa, [f32::NAN; LANES], |s, v| s.exp(v))
+                    .iter()
+                    .all(|y| y.is_nan())
+            );
+            assert_eq!(lanes!(isa, [0.0; LANES], |s, v| s.exp(v)), [1.0; LANES]);
+        }
+    }
+
+    #[test]
+    fn arithmetic_is_by_lane() {
+        let x: [f32; LANES] = std::array::from_fn(|i| i as f32 - 7.5);
+        for isa in isas() {
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.add(v, s.splat(1.0))),
+                x.map(|x| x + 1.0)
+            );
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.sub(s.splat(1.0), v)),
+                x.map(|x| 1.0 - x)
+            );
+            assert_eq!(lanes!(isa, x, |s, v| s.mul(v, v)), x.map(|x| x * x));
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.div(s.splat(1.0), v)),
+                x.map(|x| 1.0 / x)
+            );
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.max(v, s.zero())),
+                x.map(|x| x.max(0.0))
+            );
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.min(v, s.zero())),
+                x.map(|x| x.min(0.0))
+            );
+            assert_eq!(lanes!(isa, x, |s, v| s.fma(v, v, v)), x.map(|x| x * x + x));
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.round(v)),
+                x.map(|x| x.round_ties_even())
+            );
+            assert_eq!(
+                lanes!(isa, x, |s, v| s.exp2_integral(s.round(v))),
+                x.map(|x| x.round_ties_even().exp2())
+            );
+            assert!(
+                lanes!(isa, x, |s, v| s.max(v, s.splat(f32::NAN)))
+                    .iter()
+                    .all(|y| y.is_nan())
+            );
+            assert_eq!(lanes!(isa, x, |s, v| s.splat(s.sum_lanes(v))), [0.0; LANES]);
+            assert_eq!(lanes!(isa, x, |s, v| s.splat(s.max_lanes(v))), [7.5; LANES]);
+            for n in 0..=LANES {
+                struct Keep([f32; LANES], usize);
+                impl Kernel for Keep {
+                    type Output = [f32; LANES];
+                    #[inline(always)]
+                    fn run<S: Simd>(self, simd: S) -> [f32; LANES] {
+                        // SAFETY: the array has sixteen values.
+                        let v = unsafe { simd.load_f32(self.0.as_ptr()) };
+                        simd.to_array(simd.keep_first(v, self.1, 9.0))
+                    }
+                }
+                let kept = isa.run(Keep(x, n));
+                assert_eq!(
+                    kept,
+                    std::array::from_fn(|i| if i < n { x[i] } else { 9.0 })
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn conversions_round_to_nearest_even() {
+        struct RoundTrip<E>([f32; LANES], std::marker::PhantomData<E>);
+        impl<E: Element> Kernel for RoundTrip<E> {
+            type Output = ([E; LANES], [f32; LANES]);
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> Self::Output {
+                let mut stored = [E::zeroed(); LANES];
+                // SAFETY: both arrays have sixteen elements.
+                unsafe {
+                    E::store(simd, stored.as_mut_ptr(), simd.load_f32(self.0.as_ptr()));
+                    (stored, simd.to_array(E::load(simd, stored.as_ptr())))
+                }
+            }
+        }
+        let bits = |x: f32| if x.is_nan() { None } else { Some(x.to_bits()) };
+        for isa in isas() {
+            let mut random = Random::new(1);
+            for round in 0..2000 {
+                let input: [f32; LANES] = std::array::from_fn(|i| match (round, i % 4) {
+                    (0, 0) => f32::NAN,
+                    (0, 1) => f32::INFINITY,
+                    (0, 2) => -0.0,
+                    (0, _) => f32::from_bits(0x3f80_8000 + 0x1_0000 * i as u32),
+                    _ => f32::from_bits(random.next_u32()),
+                });
+                let (stored, loaded) = isa.run(RoundTrip::<bf16>(input, Default::default()));
+                assert_eq!(
+                    input.map(|x| bits(bf16::from_f32(x).to_f32())),
+                    loaded.map(bits)
+                );
+                assert_eq!(stored.map(|x| bits(x.to_f32())), loaded.map(bits));
+                let (stored, loaded) = isa.run(RoundTrip::<f16>(input, Default::default()));
+                assert_eq!(
+                    input.map(|x| bits(f16::from_f32(x).to_f32())),
+                    loaded.map(bits)
+                );
+                assert_eq!(stored.map(|x| bits(x.to_f32())), loaded.map(bits));
+            }
+        }
+    }
+}

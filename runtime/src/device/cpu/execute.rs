@@ -1,0 +1,472 @@
+//! Runs a program's KernelSpecs over the arena.
+
+use super::{CpuDevice, plan_error};
+use crate::cpu::{
+    self, Activation, Attention, Embedding, PackedMatrix, PositionTable, Rows, RowsMut,
+    Sequence as Ragged, Storage, StorageError,
+};
+use crate::device::{DeviceError, SequenceStep, Step, StepOutput, Tokens};
+use crate::sampler::Sampler;
+use kiln_bundle::{
+    BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
+    WeightFile,
+};
+use std::ops::Range;
+
+/// A step's lists in the form that kernels take.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    /// (T).
+    token_ids: Vec<u32>,
+    /// (T): position of each token in its sequence.
+    positions: Vec<u32>,
+    /// (T): row of the position table, for the embedding at hand.
+    position_rows: Vec<u32>,
+    /// (T): where keys and values go.
+    slot_mapping: Vec<u32>,
+    /// (R): rows of T.
+    logit_rows: Vec<u32>,
+}
+
+impl Batch {
+    pub(super) fn fill(&mut self, step: &Step, last_sampled: &[Option<u32>]) {
+        self.token_ids.clear();
+        self.positions.clear();
+        self.slot_mapping.clear();
+        self.logit_rows.clear();
+        for sequence in step.sequences() {
+            match sequence.tokens {
+                Tokens::Ids(ids) => self.token_ids.extend_from_slice(ids),
+                Tokens::LastSampled => self.token_ids.extend(last_sampled[sequence.slot as usize]),
+            }
+            let new = sequence.tokens.len();
+            for position in sequence.past_len..sequence.past_len + new as u32 {
+                let (block, offset) = (
+                    position as usize / BLOCK_TOKENS,
+                    position as usize % BLOCK_TOKENS,
+                );
+                let slot = sequence.block_table[block] as usize * BLOCK_TOKENS + offset;
+                self.positions.push(position);
+                self.slot_mapping.push(slot as u32);
+            }
+            let end = self.positions.len();
+            let rows = sequence.logit_rows.count(new);
+            self.logit_rows
+                .extend((end - rows..end).map(|row| row as u32));
+        }
+    }
+
+    /// T or R.
+    fn rows(&self, kind: RowKind) -> usize {
+        match kind {
+            RowKind::Tokens => self.positions.len(),
+            RowKind::Logits => self.logit_rows.len(),
+        }
+    }
+}
+
+/// Where an executable's buffers lie, for the rows of one step.
+struct Layout<'a> {
+    program: &'a Program,
+    executable: &'a Executable,
+    tokens: usize,
+    logit_rows: usize,
+}
+
+impl Layout<'_> {
+    fn rows(&self, id: BufferId) -> usize {
+        match self.program.buffers[id.0 as usize].rows {
+            RowKind::Tokens => self.tokens,
+            RowKind::Logits => self.logit_rows,
+        }
+    }
+
+    fn width(&self, id: BufferId) -> usize {
+        self.program.buffers[id.0 as usize].width as usize
+    }
+
+    /// In elements of the arena.
+    fn range(&self, id: BufferId) -> Range<usize> {
+        let start = self.executable.offsets_bytes[id.0 as usize] as usize / size_of::<f32>();
+        start..start + self.rows(id) * self.width(id)
+    }
+
+    fn read<'a>(&self, arena: &'a [f32], id: BufferId) -> Rows<'a> {
+        Rows::new(&arena[self.range(id)], self.rows(id), self.width(id))
+    }
+
+    /// `out` to write and everything else to read.
+    fn split<'a>(&self, arena: &'a mut [f32], out: BufferId) -> (RowsMut<'a>, Rest<'a>) {
+        let range = self.range(out);
+        let (before, tail) = arena.split_at_mut(range.start);
+        let (written, after) = tail.split_at_mut(range.len());
+        let rest = Rest {
+            before,
+            after,
+            after_start: range.end,
+        };
+        (RowsMut::new(written, self.rows(out), self.width(out)), rest)
+    }
+}
+
+/// The arena without the buffer that a kernel writes.
+struct Rest<'a> {
+    before: &'a [f32],
+    after: &'a [f32],
+    after_start: usize,
+}
+
+impl<'a> Rest<'a> {
+    /// A buffer to read; a sound manifest lets none overlap what is written.
+    fn slice(&self, layout: &Layout<'_>, id: BufferId) -> Result<&'a [f32], DeviceError> {
+        let range = layout.range(id);
+        let data = match range.start.checked_sub(self.after_start) {
+            Some(start) => self.after.get(start..start + range.len()),
+            None => self.before.get(range),
+        };
+        data.ok_or_else(|| plan_error(format!("{id} is read and overwritten")))
+    }
+
+    fn read(&self, layout: &Layout<'_>, id: BufferId) -> Result<Rows<'a>, DeviceError> {
+        Ok(Rows::new(
+            self.slice(layout, id)?,
+            layout.rows(id),
+            layout.width(id),
+        ))
+    }
+}
+
+/// The mapped weights, by name.
+pub(super) struct Weights {
+    file: WeightFile,
+}
+
+impl Weights {
+    pub(super) fn new(file: WeightFile) -> Weights {
+        Weights { file }
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.file.bytes()
+    }
+
+    /// Looks up every tensor that the target's kernels will, so that none is missing in a step.
+    pub(super) fn check(&self, target: &Target) -> Result<(), DeviceError> {
+        for program in &target.programs {
+            for kernel in &program.kernels {
+                if let KernelSpec::Embed {
+                    tokens,
+                    positions,
+                    out,
+                    ..
+                } = kernel
+                {
+                    let width = program.buffers[out.0 as usize].width as usize;
+                    tokens
+                        .iter()
+                        .try_for_each(|name| self.table(name, width).map(drop))?;
+                    positions
+                        .iter()
+                        .try_for_each(|name| self.positions(name, width).map(drop))?;
+                }
+                if let Some(linear) = kernel.linear() {
+                    self.linear(linear)?;
+                    let residual = linear.residual.as_ref();
+                    self.norm(residual.and_then(|residual| residual.norm.as_ref()))?;
+                }
+            }
+            for tap in &program.hidden_states {
+                self.norm(tap.norm.as_ref())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn storage(&self, name: &str) -> Result<(Storage<'_>, &[usize]), DeviceError> {
+        let view = self.file.tensor(name);
+        let view = view.ok_or_else(|| plan_error(format!("tensor {name:?} is missing")))?;
+        let storage = Storage::new(view.data, view.dtype).map_err(|e| malformed(name, &e))?;
+        Ok((storage, view.shape))
+    }
+
+    fn matrix(&self, name: &str, n: usize, k: usize) -> Result<PackedMatrix<'_>, DeviceError> {
+        let (storage, _) = self.storage(name)?;
+        PackedMatrix::new(storage, n, k).map_err(|e| malformed(name, &e))
+    }
+
+    /// The token table, whose rows are padded to whole panels.
+    fn table(&self, name: &str, width: usize) -> Result<PackedMatrix<'_>, DeviceError> {
+        let (_, shape) = self.storage(name)?;
+        let rows = shape
+            .first()
+            .map_or(0, |panels| panels * kiln_bundle::packing::PANEL);
+        self.matrix(name, rows, width)
+    }
+
+    fn positions(&self, name: &str, width: usize) -> Result<PositionTable<'_>, DeviceError> {
+        let (storage, _) = self.storage(name)?;
+        Ok(PositionTable::new(storage, width))
+    }
+
+    fn vector(&self, name: Option<&String>) -> Result<Option<&[f32]>, DeviceError> {
+        let Some(name) = name else { return Ok(None) };
+        match self.storage(name)?.0 {
+            Storage::F32(values) => Ok(Some(values)),
+            _ => Err(plan_error(format!("vector {name:?} is not f32"))),
+        }
+    }
+
+    fn norm(&self, norm: Option<&Norm>) -> Result<Option<cpu::Norm<'_>>, DeviceError> {
+        let Some(norm) = norm else { return Ok(None) };
+        let weight = self.vector(norm.weight.as_ref())?;
+        let bias = self.vector(norm.bias.as_ref())?;
+        Ok(Some(cpu::Norm {
+            weight,
+            bias,
+            eps: norm.eps,
+        }))
+    }
+
+    /// All of the linear but its residual and its choice of rows.
+    fn linear(&self, linear: &Linear) -> Result<cpu::Linear<'_>, DeviceError> {
+        let (n, k) = (linear.out_features as usize, linear.in_features as usize);
+        Ok(cpu::Linear {
+            bias: self.vector(linear.bias.as_ref())?,
+            norm: self.norm(linear.norm.as_ref())?,
+            activation: match linear.activation {
+                None => Activation::None,
+                Some(kiln_bundle::Activation::Relu) => Activation::Relu,
+                Some(kiln_bundle::Activation::GeluNew) => Activation::GeluNew,
+            },
+            ..cpu::Linear::new(self.matrix(&linear.weight, n, k)?)
+        })
+    }
+}
+
+fn malformed(name: &str, error: &StorageError) -> DeviceError {
+    plan_error(format!("tensor {name:?}: {error}"))
+}
+
+fn kv_error(error: StorageError) -> DeviceError {
+    plan_error(format!("KV cache: {error}"))
+}
+
+impl CpuDevice {
+    /// Runs a checked step whose lists are in `self.batch`.
+    pub(super) fn execute(&mut self, step: &Step) -> Result<StepOutput, DeviceError> {
+        let executable = &self.target.executables[step.executable];
+        let program = &self.target.programs[executable.program as usize];
+        let layout = Layout {
+            program,
+            executable,
+            tokens: self.batch.rows(RowKind::Tokens),
+            logit_rows: self.batch.rows(RowKind::Logits),
+        };
+        let arena: &mut [f32] = bytemuck::cast_slice_mut(&mut self.arena);
+        let mut hidden_states = Vec::new();
+        if step.observe.hidden_states {
+            let hidden_size = self.manifest.model.hidden_size as usize;
+            hidden_states = vec![0.0; program.hidden_states.len() * layout.tokens * hidden_size];
+        }
+        let sequences = sequences(step);
+        for (index, kernel) in (0..).zip(&program.kernels) {
+            let mut machine = Machine {
+                weights: &self.weights,
+                cpu: &mut self.cpu,
+                kv: &mut self.kv,
+                batch: &mut self.batch,
+                sequences: &sequences,
+            };
+            machine.run(kernel, &layout, arena)?;
+            if hidden_states.is_empty() {
+                continue;
+            }
+            let part = hidden_states.len() / program.hidden_states.len();
+            let taps = program
+                .hidden_states
+                .iter()
+                .zip(hidden_states.chunks_exact_mut(part));
+            for (tap, out) in taps.filter(|(tap, _)| tap.after_kernel == index) {
+                let rows = layout.read(arena, tap.buffer);
+                match self.weights.norm(tap.norm.as_ref())? {
+                    Some(norm) => {
+                        let out = RowsMut::new(out, rows.rows(), rows.cols());
+                        cpu::layer_norm(&mut self.cpu, rows, &norm, out);
+                    }
+                    None => out.copy_from_slice(&arena[layout.range(tap.buffer)]),
+                }
+            }
+        }
+        let tokens = sample(
+            step,
+            arena[layout.range(program.logits)].chunks_exact(layout.width(program.logits)),
+            &mut self.sampler,
+            &mut self.last_sampled,
+        );
+        let mut logits = Vec::new();
+        if step.observe.logits {
+            logits.extend_from_slice(&arena[layout.range(program.logits)]);
+        }
+        Ok(StepOutput {
+            tokens,
+            logits,
+            hidden_states,
+        })
+    }
+}
+
+/// Chooses the tokens of a step from its `rows` of logits (R, V), and leaves them in their slots.
+fn sample<'a>(
+    step: &Step,
+    mut rows: impl Iterator<Item = &'a [f32]>,
+    sampler: &mut Sampler,
+    last_sampled: &mut [Option<u32>],
+) -> Vec<Option<u32>> {
+    let mut tokens = Vec::new();
+    for sequence in step.sequences() {
+        let row = match sequence.logit_rows.count(sequence.tokens.len()) {
+            0 => None,
+            count => rows.nth(count - 1),
+        };
+        let (Some(row), Some(draw)) = (row, sequence.draw) else {
+            continue;
+        };
+        let token = sampler.sample(row, &draw);
+        // A row that is no number ends its sequence; until the host knows, it is fed some id.
+        last_sampled[sequence.slot as usize] = Some(token.unwrap_or(0));
+        tokens.push(token);
+    }
+    tokens
+}
+
+/// The step's sequences as attention takes them.
+fn sequences(step: &Step) -> Vec<Ragged<'_>> {
+    let mut first_row = 0;
+    let mut ragged = Vec::new();
+    for SequenceStep {
+        tokens,
+        past_len,
+        block_table,
+        ..
+    } in step.sequences()
+    {
+        let (rows, past) = (tokens.len(), past_len as usize);
+        ragged.push(Ragged {
+            first_row,
+            rows,
+            past,
+            block_table,
+        });
+        first_row += rows;
+    }
+    ragged
+}
+
+/// What kernels work with, apart from the arena.
+struct Machine<'a> {
+    weights: &'a Weights,
+    cpu: &'a mut cpu::Cpu,
+    kv: &'a mut super::KvMemory,
+    batch: &'a mut Batch,
+    sequences: &'a [Ragged<'a>],
+}
+
+impl Machine<'_> {
+    fn run(
+        &mut self,
+        kernel: &KernelSpec,
+        layout: &Layout<'_>,
+        arena: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        match kernel {
+            KernelSpec::Embed {
+                tokens,
+                positions,
+                position_offset,
+                out,
+            } => {
+                let width = layout.width(*out);
+                if tokens.is_none() {
+                    arena[layout.range(*out)].fill(0.0);
+                }
+                let ids = &self.batch.token_ids;
+                let tokens = match tokens {
+                    Some(name) => Some((self.weights.table(name, width)?, ids.as_slice())),
+                    None => None,
+                };
+                let rows = &mut self.batch.position_rows;
+                rows.clear();
+                rows.extend(self.batch.positions.iter().map(|p| p + position_offset));
+                let positions = match positions {
+                    Some(name) => Some((self.weights.positions(name, width)?, rows.as_slice())),
+                    None => None,
+                };
+                let (out, _) = layout.split(arena, *out);
+                cpu::embed(self.cpu, &Embedding { tokens, positions }, out);
+            }
+            KernelSpec::Linear(linear) => self.linear(linear, layout, arena)?,
+            KernelSpec::Qkv { linear, layer } => {
+                self.linear(linear, layout, arena)?;
+                let all = &arena[layout.range(linear.out)];
+                let (rows, stride) = (layout.rows(linear.out), layout.width(linear.out));
+                let cols = stride / 3;
+                let part = |index: usize| {
+                    Rows::strided(
+                        all.get(index * cols..).unwrap_or_default(),
+                        rows,
+                        cols,
+                        stride,
+                    )
+                };
+                let mut cache = self.kv.layer_mut(*layer as usize).map_err(kv_error)?;
+                let slots = &self.batch.slot_mapping;
+                cpu::write_kv(self.cpu, part(1), part(2), slots, &mut cache);
+            }
+            KernelSpec::Attention {
+                q,
+                layer,
+                scale,
+                out,
+                ..
+            } => {
+                let (out_rows, rest) = layout.split(arena, *out);
+                let queries = rest.slice(layout, *q)?;
+                let (rows, cols, stride) = (layout.rows(*q), layout.width(*out), layout.width(*q));
+                let attention = Attention {
+                    queries: Rows::strided(queries, rows, cols, stride),
+                    sequences: self.sequences,
+                    cache: self.kv.layer(*layer as usize).map_err(kv_error)?,
+                    scale: *scale,
+                };
+                cpu::attention(self.cpu, &attention, out_rows);
+            }
+            // Logits stay where they are until the program has ended; the device samples then.
+            KernelSpec::Sample { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        linear: &Linear,
+        layout: &Layout<'_>,
+        arena: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        if layout.rows(linear.out) == 0 {
+            return Ok(());
+        }
+        let mut op = self.weights.linear(linear)?;
+        let (out, rest) = layout.split(arena, linear.out);
+        if linear.rows == kiln_bundle::Rows::Logits {
+            op.row_map = Some(&self.batch.logit_rows);
+        }
+        if let Some(residual) = &linear.residual {
+            op.residual = Some(cpu::Residual {
+                rows: Some(rest.read(layout, residual.buffer)?),
+                norm: self.weights.norm(residual.norm.as_ref())?,
+            });
+        }
+        cpu::linear(self.cpu, &op, rest.read(layout, linear.input)?, out);
+        Ok(())
+    }
+}

@@ -1,0 +1,314 @@
+//! The CPU: executes KernelSpecs on the host, within `submit`.
+//!
+//! Weights stay in their mapped file. The activation arena and the KV cache are anonymous maps,
+//! which take memory as they are touched.
+
+mod execute;
+mod kv_memory;
+#[cfg(test)]
+mod tests;
+
+use super::{
+    Device, DeviceError, DeviceFacts, LogitRows, MemoryNeed, Step, StepId, StepOutput, Tokens,
+    available_bytes,
+};
+use crate::cpu::{Cpu, Isa, ThreadPool, physical_cores};
+use crate::kv::blocks_for;
+use crate::sampler::Sampler;
+use execute::{Batch, Weights};
+use kiln_bundle::{ALIGN_BYTES, Bundle, DType, Executable, KernelSpec, Manifest, Target};
+use kv_memory::KvMemory;
+use memmap2::MmapMut;
+use std::collections::VecDeque;
+use std::io;
+
+/// Name of the target that this device runs.
+const TARGET: &str = "cpu";
+/// The part of the memory left beside weights and activations that the KV cache takes at most,
+/// unless a size is asked for.
+const KV_CACHE_SHARE: f64 = 0.5;
+
+/// How the CPU device is set up.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads of the kernels; none: one for each physical core.
+    pub threads: Option<usize>,
+    /// Size of the KV cache; none: enough for a full batch of full sequences, within limits.
+    pub kv_cache_bytes: Option<u64>,
+}
+
+/// See the module.
+pub struct CpuDevice {
+    facts: DeviceFacts,
+    manifest: Manifest,
+    target: Target,
+    weights: Weights,
+    cpu: Cpu,
+    /// f32 activations of the executable that runs.
+    arena: MmapMut,
+    kv: KvMemory,
+    sampler: Sampler,
+    /// By slot.
+    last_sampled: Vec<Option<u32>>,
+    batch: Batch,
+    next_step: u64,
+    outputs: VecDeque<(StepId, StepOutput)>,
+}
+
+impl CpuDevice {
+    /// Loads the `cpu` target of a bundle.
+    ///
+    /// # Errors
+    /// Any of [`DeviceError`] but [`DeviceError::Step`], before anything large is allocated.
+    pub fn load(bundle: &Bundle, options: &CpuOptions) -> Result<CpuDevice, DeviceError> {
+        let manifest = bundle.manifest();
+        let found = manifest.targets.iter().find(|target| target.name == TARGET);
+        let target = found.ok_or_else(|| DeviceError::NoTarget {
+            wanted: TARGET,
+            found: manifest
+                .targets
+                .iter()
+                .map(|target| target.name.clone())
+                .collect(),
+        })?;
+        check_plan(target).map_err(plan_error)?;
+        let weights = Weights::new(bundle.weights(target)?);
+        weights.check(target)?;
+
+        let available = available_bytes();
+        let (kv_blocks, memory) = plan_memory(
+            manifest,
+            target,
+            weights.bytes(),
+            available,
+            options.kv_cache_bytes,
+        )?;
+        let threads = options.threads.unwrap_or_else(|| physical_cores().len());
+        let pool = ThreadPool::new(threads).map_err(|source| DeviceError::Refused {
+            what: format!("{threads} threads"),
+            source,
+        })?;
+        let isa = Isa::detect().map_err(|error| plan_error(error.to_string()))?;
+        let cpu = Cpu::new(pool, isa).map_err(|error| plan_error(error.to_string()))?;
+        let refused = |what: &str| {
+            let what = what.to_owned();
+            move |source: io::Error| DeviceError::Refused { what, source }
+        };
+        let arena = map_zeros(memory.arena_bytes).map_err(refused("memory for activations"))?;
+        let kv = KvMemory::new(&manifest.model, target.dtype, kv_blocks as usize)
+            .map_err(refused("memory for the KV cache"))?;
+        let slots = manifest.limits.max_batch;
+        let name = format!(
+            "cpu ({isa}, {threads} thread{})",
+            if threads == 1 { "" } else { "s" }
+        );
+        Ok(CpuDevice {
+            facts: DeviceFacts {
+                name,
+                slots,
+                kv_blocks,
+                memory,
+                available_bytes: available,
+            },
+            manifest: manifest.clone(),
+            target: target.clone(),
+            weights,
+            cpu,
+            arena,
+            kv,
+            sampler: Sampler::default(),
+            last_sampled: vec![None; slots as usize],
+            batch: Batch::default(),
+            next_step: 0,
+            outputs: VecDeque::new(),
+        })
+    }
+
+    /// The instruction set that its kernels use.
+    pub fn isa(&self) -> Isa {
+        self.cpu.isa()
+    }
+
+    /// The threads that its kernels run on.
+    pub fn threads(&self) -> usize {
+        self.cpu.pool().threads()
+    }
+
+    /// Whether the step keeps to what kernels take for granted.
+    fn check(&self, step: &Step) -> Result<&Executable, DeviceError> {
+        let refuse = |problem: String| Err(DeviceError::Step(problem));
+        let Some(executable) = self.target.executables.get(step.executable) else {
+            return refuse(format!("executable {} does not exist", step.executable));
+        };
+        let extent = step.extent();
+        if !extent.fits(&executable.bounds) {
+            return refuse(format!(
+                "{extent:?} exceeds {}: {:?}",
+                executable.name, executable.bounds
+            ));
+        }
+        for sequence in step.sequences() {
+            let slot = sequence.slot;
+            let Some(sampled) = self.last_sampled.get(slot as usize) else {
+                return refuse(format!("slot {slot} does not exist"));
+            };
+            let vocab_size = self.manifest.model.vocab_size;
+            match sequence.tokens {
+                Tokens::Ids([]) => return refuse(format!("slot {slot} gets no tokens")),
+                Tokens::Ids(ids) if ids.iter().any(|&id| id >= vocab_size) => {
+                    return refuse(format!("slot {slot} gets an id outside the vocabulary"));
+                }
+                Tokens::LastSampled if sampled.is_none() => {
+                    return refuse(format!("slot {slot} has sampled no token"));
+                }
+                Tokens::Ids(_) | Tokens::LastSampled => {}
+            }
+            let needed = blocks_for(sequence.past_len as usize + sequence.tokens.len());
+            if sequence.block_table.len() < needed
+                || sequence
+                    .block_table
+                    .iter()
+                    .any(|&block| block >= self.facts.kv_blocks)
+            {
+                return refuse(format!("slot {slot} has no sound table of {needed} blocks"));
+            }
+            if sequence.draw.is_some() && sequence.logit_rows == LogitRows::None {
+                return refuse(format!("slot {slot} draws from no row"));
+            }
+        }
+        Ok(executable)
+    }
+}
+
+impl Device for CpuDevice {
+    fn facts(&self) -> &DeviceFacts {
+        &self.facts
+    }
+
+    fn executables(&self) -> &[Executable] {
+        &self.target.executables
+    }
+
+    fn pipeline_depth(&self) -> usize {
+        0
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
+        self.check(step)?;
+        self.batch.fill(step, &self.last_sampled);
+        let output = self.execute(step)?;
+        let id = StepId(self.next_step);
+        self.next_step += 1;
+        self.outputs.push_back((id, output));
+        Ok(id)
+    }
+
+    fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError> {
+        match self.outputs.pop_front() {
+            Some((oldest, output)) if oldest == id => Ok(output),
+            _ => Err(DeviceError::Step(format!(
+                "{id:?} is not the oldest step in flight"
+            ))),
+        }
+    }
+}
+
+fn plan_error(problem: String) -> DeviceError {
+    DeviceError::Plan {
+        target: TARGET.to_owned(),
+        problem,
+    }
+}
+
+/// Whether the target keeps to what this device can do, beyond what every sound manifest does.
+fn check_plan(target: &Target) -> Result<(), String> {
+    if target.dtype == DType::I32 {
+        return Err("its KV cache is of integers".to_owned());
+    }
+    for program in &target.programs {
+        let narrow = program
+            .buffers
+            .iter()
+            .find(|buffer| buffer.dtype != DType::F32);
+        if let Some(buffer) = narrow {
+            return Err(format!(
+                "it stores activations as {}, the CPU as f32",
+                buffer.dtype
+            ));
+        }
+        let samples = program.kernels.iter().any(
+            |kernel| matches!(kernel, KernelSpec::Sample { logits } if *logits == program.logits),
+        );
+        if !samples {
+            return Err(format!("program {} chooses no token", program.name));
+        }
+    }
+    Ok(())
+}
+
+/// Blocks of the KV cache, and what all the memory comes to.
+fn plan_memory(
+    manifest: &Manifest,
+    target: &Target,
+    weight_bytes: u64,
+    available: Option<u64>,
+    asked_bytes: Option<u64>,
+) -> Result<(u32, MemoryNeed), DeviceError> {
+    let max_seq_len = manifest.limits.max_seq_len;
+    let block_bytes = KvMemory::block_bytes(&manifest.model, target.dtype);
+    let sequence_blocks = blocks_for(max_seq_len as usize) as u64;
+    let full_blocks = sequence_blocks.saturating_mul(u64::from(manifest.limits.max_batch));
+    let sequence_bytes = sequence_blocks.saturating_mul(block_bytes);
+    let arena_bytes = target
+        .executables
+        .iter()
+        .map(|executable| executable.arena_bytes)
+        .max()
+        .unwrap_or(0);
+    let least = MemoryNeed {
+        weight_bytes,
+        arena_bytes,
+        kv_bytes: sequence_bytes,
+    };
+    let enough = |need: MemoryNeed| match available {
+        Some(available_bytes) if need.total_bytes() > available_bytes => Err(DeviceError::Memory {
+            need,
+            available_bytes,
+            max_seq_len,
+        }),
+        _ => Ok(need),
+    };
+    enough(least)?;
+    let blocks = match asked_bytes {
+        Some(asked) if asked < sequence_bytes => {
+            return Err(DeviceError::KvCacheTooSmall {
+                asked_bytes: asked,
+                needed_bytes: sequence_bytes,
+                max_seq_len,
+            });
+        }
+        Some(asked) => asked / block_bytes,
+        None => {
+            let left = available.map_or(u64::MAX, |available| {
+                available
+                    .saturating_sub(weight_bytes)
+                    .saturating_sub(arena_bytes)
+            });
+            let share = (left as f64 * KV_CACHE_SHARE) as u64;
+            full_blocks.min(share / block_bytes).max(sequence_blocks)
+        }
+    };
+    // A block's positions are numbered by u32 slots.
+    let blocks = blocks.min(u64::from(u32::MAX) / kiln_bundle::BLOCK_TOKENS as u64);
+    let need = enough(MemoryNeed {
+        kv_bytes: blocks.saturating_mul(block_bytes),
+        ..least
+    })?;
+    Ok((blocks as u32, need))
+}
+
+/// Zeroed memory that is not taken before it is touched.
+fn map_zeros(bytes: u64) -> io::Result<MmapMut> {
+    let bytes = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    MmapMut::map_anon(bytes.max(1).next_multiple_of(ALIGN_BYTES))
+}

@@ -1,0 +1,24 @@
+//! The kiln runtime: loads a bundle, chains its executables and generates text.
+//!
+//! [`Engine`] takes [`Request`]s and gives [`Event`]s, batching what runs at the same time. It plans
+//! [`device::Step`]s for a [`device::Device`], which holds the weights and the KV cache.
+
+pub mod cpu;
+pub mod device;
+mod engine;
+mod kv;
+mod request;
+mod sampler;
+mod scheduler;
+#[cfg(test)]
+mod testing;
+mod tokenizer;
+
+pub use engine::{
+    Completion, Engine, EngineError, Event, FinishReason, LoadOptions, PhaseStats, RequestId,
+    Stats, Timing, TokenEvent,
+};
+pub use kv::{BlockPool, blocks_for};
+pub use request::{DEFAULT_MAX_NEW_TOKENS, Prompt, Request, RequestError};
+pub use sampler::{Draw, DrawParams, Sampler, SamplingParams};
+pub use tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};

@@ -1,0 +1,188 @@
+//! The other commands of both programs.
+
+use kiln_compiler::CompileOptions;
+use kiln_tests::{TestBundle, failure, fixture, program};
+use serde_json::Value;
+use std::{fs, process::Output};
+
+fn tiny() -> TestBundle {
+    TestBundle::compile(&fixture("tiny-opt"), &CompileOptions::default())
+}
+
+fn run(name: &str, arguments: &[&str]) -> Output {
+    program(name).args(arguments).output().unwrap()
+}
+
+fn json(output: &Output) -> Value {
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn compile_tells_times_and_sizes() {
+    let bundle = tiny();
+    let output = bundle.beside("again.kiln").to_string_lossy().into_owned();
+    let dump = bundle.beside("ir").to_string_lossy().into_owned();
+    let model = fixture("tiny-opt").to_string_lossy().into_owned();
+    let report = json(&run(
+        "kilnc",
+        &[
+            "compile",
+            &model,
+            "-o",
+            &output,
+            "--json",
+            "--dump-ir",
+            &dump,
+            "--weights",
+            "bf16",
+        ],
+    ));
+    assert_eq!(report["targets"][0]["weights"], "bf16");
+    assert!(report["bundle_bytes"].as_u64().unwrap() > 0);
+    let stages: Vec<&str> = report["stages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|stage| stage["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(stages, ["build", "fuse", "specialise", "pack", "self-test"]);
+    let text = fs::read_to_string(bundle.beside("ir").join("01-fuse.ir")).unwrap();
+    assert!(text.starts_with("graph opt {"), "{text}");
+}
+
+#[test]
+fn compile_exits_with_1_on_failure_and_2_on_wrong_usage() {
+    let message = failure(
+        &run(
+            "kilnc",
+            &["compile", "no-such-model", "-o", "unwritten.kiln"],
+        ),
+        1,
+    );
+    assert!(
+        message.contains("there is no model \"no-such-model\""),
+        "{message}"
+    );
+    let message = failure(
+        &run("kilnc", &["compile", "opt-125m", "-o", "unwritten.kiln"]),
+        1,
+    );
+    assert!(message.contains("add --dummy-weights"), "{message}");
+    failure(&run("kilnc", &["compile", "opt-125m"]), 2);
+    failure(
+        &run(
+            "kilnc",
+            &["compile", "opt-125m", "-o", "x", "--target", "sm_1"],
+        ),
+        2,
+    );
+}
+
+#[test]
+fn inspect_counts_what_is_there() {
+    let bundle = tiny();
+    let path = bundle.path().to_string_lossy().into_owned();
+    let report = json(&run("kilnc", &["inspect", &path, "--json"]));
+    let executables = report["targets"][0]["executables"].as_array().unwrap();
+    assert_eq!(executables.len(), 9);
+    // 3 layers of qkv, attention, out, up, down; embedding, head and sampling.
+    assert_eq!(executables[0]["kernels"], 18);
+    // q, k, v, out: 4 * 64 * 64; up, down: 2 * 64 * 128; head: 320 (300 in whole panels) * 64.
+    let elements = 3 * (4 * 64 * 64 + 2 * 64 * 128) + 320 * 64;
+    assert_eq!(executables[0]["weights_bytes_per_step"], elements * 4);
+    let text = run("kilnc", &["inspect", &path, "--kernels"]);
+    assert!(
+        String::from_utf8_lossy(&text.stdout)
+            .contains("weight=@layers.2.ffn.down.weight [64, 128]")
+    );
+}
+
+#[test]
+fn configs_lists_the_published_sizes() {
+    let report = json(&run("kilnc", &["configs", "--json"]));
+    let find = |name: &str| {
+        report
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|config| config["name"] == name)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(find("opt-125m")["parameters"], 125_239_296);
+    assert_eq!(find("gpt2")["parameters"], 124_439_808);
+    assert_eq!(report.as_array().unwrap().len(), 13);
+}
+
+#[test]
+fn verify_passes_on_a_sound_bundle_and_names_an_altered_file() {
+    let bundle = tiny();
+    let path = bundle.path().to_string_lossy().into_owned();
+    assert!(run("kiln", &["verify", &path]).status.success());
+    let file = bundle.path().join("weights-cpu.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let message = failure(&run("kiln", &["verify", &path]), 1);
+    assert!(
+        message.contains("weights-cpu.safetensors") && message.contains("hash differs"),
+        "{message}"
+    );
+}
+
+#[test]
+fn verify_fails_when_the_logits_are_others() {
+    let bundle = tiny();
+    let file = bundle.path().join("bundle.json");
+    let mut manifest: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    let logit = &mut manifest["self_test"]["top_logits"][0][1];
+    *logit = (logit.as_f64().unwrap() * 1.01).into();
+    fs::write(&file, manifest.to_string()).unwrap();
+    failure(
+        &run("kiln", &["verify", &bundle.path().to_string_lossy()]),
+        1,
+    );
+}
+
+#[test]
+fn a_bundle_for_another_target_names_what_it_has() {
+    let bundle = tiny();
+    let file = bundle.path().join("bundle.json");
+    let text = fs::read_to_string(&file)
+        .unwrap()
+        .replace("\"name\": \"cpu\"", "\"name\": \"sm_90a\"");
+    fs::write(&file, text).unwrap();
+    let path = bundle.path().to_string_lossy().into_owned();
+    let message = failure(&run("kiln", &["generate", &path, "--prompt-ids", "2"]), 1);
+    assert!(
+        message.contains("cpu") && message.contains("sm_90a"),
+        "{message}"
+    );
+}
+
+#[test]
+fn bench_measures_each_phase() {
+    let bundle = tiny();
+    let path = bundle.path().to_string_lossy().into_owned();
+    let flags = [
+        "bench",
+        &path,
+        "--prompt-len",
+        "16",
+        "--gen-len",
+        "4",
+        "--batch",
+        "2",
+        "--repeat",
+        "2",
+        "--json",
+    ];
+    let report = json(&run("kiln", &flags));
+    assert!(report.is_object(), "{report}");
+}
