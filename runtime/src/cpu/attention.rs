@@ -859,7 +859,7 @@ mod tests {
         for mut cpu in cpus() {
             let mut batch = Batch::new(2, 16, &[4], 0);
             assert!(batch.step(&mut cpu, &[]).is_empty());
-            assert_eq!(batch.step(&mut cpu, &[(0, 0..0)]), [vec![]]);
+            assert_eq!(batch.step(&mut cpu, &[(0, 0..0)]), [Vec::<f32>::new()]);
         }
     }
 }
