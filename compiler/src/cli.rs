@@ -1,11 +1,13 @@
 //! The command line of `kilnc`.
 
 mod compile;
+mod export;
 mod inspect;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
+use kiln_compiler::{CompileError, ModelError, PackageError};
 use kiln_models::{ModelConfig, builtin, builtin_names, parameters};
 use std::io::{self, Write};
 
@@ -23,6 +25,9 @@ enum Command {
     Compile(Box<compile::Arguments>),
     /// Show what is inside a bundle.
     Inspect(inspect::Arguments),
+    /// Write a model as a checkpoint directory that transformers reads: config.json and
+    /// model.safetensors.
+    Export(export::Arguments),
     /// List the built-in configurations.
     Configs {
         /// Print JSON instead of a table.
@@ -31,11 +36,24 @@ enum Command {
     },
 }
 
+/// 1 failed, 2 wrong usage, 130 interrupted.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<CompileError>() {
+        Some(CompileError::Option(_)) => 2,
+        Some(CompileError::Cancelled | CompileError::Package(PackageError::Cancelled)) => 130,
+        _ => match error.downcast_ref::<ModelError>() {
+            Some(ModelError::NeedsDummy(_) | ModelError::NoConfig(_)) => 2,
+            _ => 1,
+        },
+    }
+}
+
 /// Runs a command.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Compile(arguments) => compile::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Export(arguments) => export::run(&arguments),
         Command::Configs { json } => configs(json),
     }
 }

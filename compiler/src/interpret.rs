@@ -7,6 +7,8 @@
 
 use kiln_ir::{Activation, DType, Graph, Linear, Norm, Op, Rows, Type, ValueId, WeightId};
 use kiln_models::{WeightError, Weights};
+
+use crate::{CompileError, Progress};
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -36,7 +38,7 @@ pub enum LogitRows {
 /// Matrices are rounded to `weights_dtype` first, as the bundle stores them.
 ///
 /// # Errors
-/// A weight that cannot be read.
+/// A weight that cannot be read, or a cancellation.
 ///
 /// # Panics
 /// On a graph that does not verify, or token ids and positions outside its tables.
@@ -46,7 +48,8 @@ pub fn interpret(
     weights_dtype: DType,
     token_ids: &[u32],
     rows: LogitRows,
-) -> Result<Evaluation, WeightError> {
+    progress: &dyn Progress,
+) -> Result<Evaluation, CompileError> {
     let mut interpreter = Interpreter {
         graph,
         weights,
@@ -56,6 +59,9 @@ pub fn interpret(
         values: HashMap::new(),
     };
     for value in graph.schedule().unwrap_or_default() {
+        if progress.cancelled() {
+            return Err(CompileError::Cancelled);
+        }
         let result = interpreter.node(value)?;
         interpreter.values.insert(value, result);
     }

@@ -38,6 +38,10 @@ pub trait Progress: Sync {
     fn stage(&self, name: &'static str);
     /// Bytes of the stage done, of its total.
     fn advance(&self, done_bytes: u64, total_bytes: u64);
+    /// Whether the compilation is to end, with nothing left behind.
+    fn cancelled(&self) -> bool {
+        false
+    }
 }
 
 /// A [`Progress`] that tells nobody.
@@ -86,6 +90,9 @@ pub enum CompileError {
         /// What the system said.
         source: io::Error,
     },
+    /// The caller asked for it through [`Progress::cancelled`].
+    #[error("cancelled; nothing was written")]
+    Cancelled,
     /// The checkpoint's weights make no sense together.
     #[error(
         "the model gives the logit {logit} for token {id} after {token_ids:?}; its weights overflow"

@@ -21,7 +21,8 @@ pub struct Model {
 pub enum ModelError {
     /// A built-in configuration has no weights of its own.
     #[error(
-        "{0} is a built-in configuration without weights; add --dummy-weights, or name a checkpoint directory or a hub id such as facebook/{0}"
+        "{0} is a built-in configuration without weights; add --dummy-weights, or name a \
+         checkpoint directory or a hub id (owner/name)"
     )]
     NeedsDummy(String),
     /// Only built-in configurations and directories with a config.json can have random weights.

@@ -27,6 +27,9 @@ pub enum PackageError {
     /// The compiler's mistake.
     #[error("the plan is not sound: {0}")]
     Plan(#[from] ManifestError),
+    /// The caller asked for it.
+    #[error("cancelled; nothing was written")]
+    Cancelled,
     /// The chosen element type is too narrow for the checkpoint.
     #[error("weight {weight} holds {value}, which overflows {dtype}; choose --weights bf16 or f32")]
     Overflow {
@@ -97,6 +100,9 @@ pub fn pack_weights(
         let blocks = blocks(graph, id);
         // A few blocks at once, written in order.
         for wave in blocks.chunks(2 * rayon::current_num_threads()) {
+            if progress.cancelled() {
+                return Err(PackageError::Cancelled);
+            }
             let packed: Vec<Vec<u8>> = wave
                 .par_iter()
                 .map(|rows| {

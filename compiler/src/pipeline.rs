@@ -99,7 +99,7 @@ pub fn compile(
     }
 
     progress.stage("self-test");
-    manifest.self_test = self_test(&graph, &weights, &manifest, options.dtype)?;
+    manifest.self_test = self_test(&graph, &weights, &manifest, options.dtype, progress)?;
     Ok(writer.finish(manifest)?)
 }
 
@@ -157,6 +157,7 @@ fn self_test(
     weights: &Weights,
     manifest: &Manifest,
     dtype: DType,
+    progress: &dyn Progress,
 ) -> Result<SelfTest, CompileError> {
     let vocabulary = manifest.model.vocab_size;
     let tokens = SELF_TEST_TOKENS.min(manifest.limits.max_seq_len);
@@ -165,7 +166,14 @@ fn self_test(
         .map(|token| (u64::from(vocabulary - 1) * u64::from(token) / 5) as u32)
         .collect();
     let weights_dtype = manifest.targets[0].weights;
-    let evaluation = interpret(graph, weights, weights_dtype, &token_ids, LogitRows::Last)?;
+    let evaluation = interpret(
+        graph,
+        weights,
+        weights_dtype,
+        &token_ids,
+        LogitRows::Last,
+        progress,
+    )?;
     let mut ranked: Vec<(u32, f32)> = (0..).zip(evaluation.logits).collect();
     if let Some(&(id, logit)) = ranked.iter().find(|(_, logit)| !logit.is_finite()) {
         return Err(CompileError::NotFinite {

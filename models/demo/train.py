@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure this checkpoint and train nothing")
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default: 3000)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end sooner than --steps, after so long")
-    parser.add_argument("--batch", type=int, default=2, help="sequences a step (default: 2)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, at least 512 (default: 1024)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="AdamW's, at its peak (default: 2e-3)")
     parser.add_argument("--muon-rate", type=float, default=2e-2, help="Muon's, at its peak (default: 2e-2)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights, windows and dropout (default: 0)")
@@ -140,8 +140,9 @@ def train(learned, held_out, args):
         progress = max(step / args.steps, (time.monotonic() - begun) / (60 * args.minutes))
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * schedule(step, progress)
-        batch = random_windows(ids, starts, args.batch)
-        loss = model(input_ids=batch, labels=batch).loss
+        length = window_length(progress)
+        batch, positions = random_windows(ids, starts, args.tokens // length, length)
+        loss = model(input_ids=batch, position_ids=positions, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         adamw.step()
@@ -190,11 +191,20 @@ def line_starts(ids, newline):
     return starts[starts < len(ids) - WINDOW]
 
 
-def random_windows(ids, starts, count):
-    """(count, WINDOW): </s>, then the text from the start of a random line."""
+def window_length(progress):
+    """Short windows first: in long ones it takes far longer until heads tell near tokens from far ones."""
+    return 32 if progress < 0.35 else 128 if progress < 0.7 else WINDOW
+
+
+def random_windows(ids, starts, count, length):
+    """Token ids (count, length): </s>, then the text from the start of a random line; and positions.
+
+    A window stands at a random place in the position table, so that short ones teach all of it.
+    """
     chosen = starts[torch.randint(len(starts), (count,))]
-    windows = ids[chosen[:, None] + torch.arange(WINDOW - 1)]
-    return torch.cat([torch.full((count, 1), EOS), windows], dim=1)
+    windows = ids[chosen[:, None] + torch.arange(length - 1)]
+    first = torch.randint(WINDOW - length + 1, (count, 1))
+    return torch.cat([torch.full((count, 1), EOS), windows], dim=1), first + torch.arange(length)
 
 
 class Muon(torch.optim.Optimizer):

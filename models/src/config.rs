@@ -543,7 +543,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("is_encoder_decoder", "false (decoder-only models)"),
     (
         "quantization_config",
-        "none; give the unquantised checkpoint and ask kilnc for --weights int8 or int4",
+        "none; give the unquantised checkpoint",
     ),
     (
         "pruned_heads",

@@ -1,6 +1,8 @@
 //! What the integration tests share: fixtures, compiled bundles, and the two programs as a user
 //! runs them.
 
+#![allow(clippy::expect_used, reason = "a helper of tests fails the test")]
+
 use kiln_compiler::{CompileOptions, Model, Silent, compile};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::Value;

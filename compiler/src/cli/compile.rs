@@ -9,7 +9,10 @@ use serde_json::json;
 use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -134,6 +137,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     let terminal = std::io::stderr().is_terminal();
     let bar = Bar::new(terminal);
+    let interrupted = bar.interrupted.clone();
+    ctrlc::set_handler(move || {
+        // The second time at once, whatever is left behind.
+        if interrupted.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
     let model = Model::find(&arguments.model, seed, terminal)?;
     let manifest = compile(model, &arguments.output, &options, &bar)?;
     let stages = bar.finish();
@@ -190,6 +201,7 @@ fn model_name(model: &str) -> String {
 struct Bar {
     bar: ProgressBar,
     stages: Mutex<Vec<(&'static str, Instant)>>,
+    interrupted: Arc<AtomicBool>,
 }
 
 impl Bar {
@@ -206,6 +218,7 @@ impl Bar {
         Bar {
             bar,
             stages: Mutex::new(vec![]),
+            interrupted: Arc::default(),
         }
     }
 
@@ -242,5 +255,9 @@ impl Progress for Bar {
     fn advance(&self, done_bytes: u64, total_bytes: u64) {
         self.bar.set_length(total_bytes);
         self.bar.set_position(done_bytes);
+    }
+
+    fn cancelled(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
     }
 }

@@ -73,14 +73,6 @@ impl ThreadPool {
         self.workers.len() + 1
     }
 
-    /// Binds the calling thread and each worker to a physical core of its own. Threads that the
-    /// caller spawns later inherit its core, so call this from a thread that only computes. Returns
-    /// whether it was done: not where there are fewer cores than threads or the system refuses.
-    pub fn pin(&self) -> bool {
-        let cores = physical_cores();
-        cores.len() >= self.threads() && affinity::pin(&self.workers, &cores)
-    }
-
     /// Calls `f(thread)` once on every thread, thread 0 being the caller, and returns when all calls
     /// have returned. A panic in any of them goes on in the caller. Within a job, or while another
     /// thread has the pool, all the calls are made by the caller, one after the other.
@@ -282,8 +274,6 @@ impl Shared {
 
 #[cfg(target_os = "linux")]
 mod affinity {
-    use std::os::unix::thread::JoinHandleExt;
-    use std::thread::JoinHandle;
 
     /// The CPUs that this thread may run on.
     pub(super) fn allowed() -> Vec<usize> {
@@ -301,23 +291,6 @@ mod affinity {
             .collect()
     }
 
-    /// Binds this thread to the first core, and each worker to one of the others.
-    pub(super) fn pin(workers: &[JoinHandle<()>], cores: &[usize]) -> bool {
-        // SAFETY: takes no arguments and cannot fail.
-        let caller = unsafe { libc::pthread_self() };
-        let threads = std::iter::once(caller).chain(workers.iter().map(|w| w.as_pthread_t()));
-        // Every thread is tried, even after one was refused.
-        threads.zip(cores).fold(true, |pinned, (thread, &core)| {
-            let mut set = empty();
-            // SAFETY: the CPU comes from a set of the same size; the thread has not been joined.
-            let status = unsafe {
-                libc::CPU_SET(core, &mut set);
-                libc::pthread_setaffinity_np(thread, size_of::<libc::cpu_set_t>(), &raw const set)
-            };
-            status == 0 && pinned
-        })
-    }
-
     fn empty() -> libc::cpu_set_t {
         // SAFETY: a bit set, for which all zeros means no CPU.
         unsafe { std::mem::zeroed() }
@@ -326,14 +299,9 @@ mod affinity {
 
 #[cfg(not(target_os = "linux"))]
 mod affinity {
-    use std::thread::JoinHandle;
 
     pub(super) fn allowed() -> Vec<usize> {
         (0..std::thread::available_parallelism().map_or(1, |n| n.get())).collect()
-    }
-
-    pub(super) fn pin(_: &[JoinHandle<()>], _: &[usize]) -> bool {
-        false
     }
 }
 
@@ -410,27 +378,6 @@ mod tests {
             });
         });
         assert_eq!(calls.into_inner(), 4);
-    }
-
-    #[test]
-    fn pinning_gives_each_thread_a_core() {
-        // On a thread of its own, which the pinning cannot outlive.
-        thread::spawn(|| {
-            let pool = ThreadPool::with_physical_cores().unwrap();
-            assert_eq!(pool.threads(), physical_cores().len());
-            if pool.pin() {
-                let wide = AtomicUsize::new(0);
-                pool.run(|_| {
-                    wide.fetch_add(
-                        usize::from(affinity::allowed().len() > 1),
-                        Ordering::Relaxed,
-                    );
-                });
-                assert_eq!(wide.into_inner(), 0);
-            }
-        })
-        .join()
-        .unwrap();
     }
 
     #[test]

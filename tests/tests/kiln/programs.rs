@@ -70,7 +70,7 @@ fn compile_exits_with_1_on_failure_and_2_on_wrong_usage() {
     );
     let message = failure(
         &run("kilnc", &["compile", "opt-125m", "-o", "unwritten.kiln"]),
-        1,
+        2,
     );
     assert!(message.contains("add --dummy-weights"), "{message}");
     failure(&run("kilnc", &["compile", "opt-125m"]), 2);
@@ -81,6 +81,71 @@ fn compile_exits_with_1_on_failure_and_2_on_wrong_usage() {
         ),
         2,
     );
+}
+
+/// Runs `kilnc compile` with files limited to a few kilobytes, as on a disk that fills up.
+#[test]
+fn a_disk_that_fills_up_leaves_no_half_bundle() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let output = dir.path().join("out.kiln");
+    let kilnc = program("kilnc").get_program().to_owned();
+    let script = "trap '' XFSZ; ulimit -f 100; exec \"$0\" compile \"$1\" -o \"$2\"";
+    let output = std::process::Command::new("bash")
+        .args(["-c", script])
+        .arg(kilnc)
+        .arg(fixture("tiny-opt"))
+        .arg(&output)
+        .output()
+        .unwrap();
+    let message = failure(&output, 1);
+    assert!(
+        message.contains("cannot write") && message.contains("weights-cpu.safetensors"),
+        "{message}"
+    );
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// A model large enough to be interrupted while it is packed.
+#[test]
+fn an_interrupted_compilation_leaves_nothing() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let mut child = program("kilnc")
+        .args(["compile", "opt-1.3b", "--dummy-weights", "-o"])
+        .arg(dir.path().join("out.kiln"))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    // The temporary directory appears when packing begins.
+    while fs::read_dir(dir.path()).unwrap().count() == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it packed"
+        );
+    }
+    let kill = std::process::Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn export_writes_a_checkpoint_that_compiles() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let exported = dir.path().join("exported").to_string_lossy().into_owned();
+    let model = fixture("tiny-gpt2").to_string_lossy().into_owned();
+    assert!(
+        run("kilnc", &["export", &model, "-o", &exported])
+            .status
+            .success()
+    );
+    let bundles = [model, exported].map(|model| {
+        let bundle = TestBundle::compile(std::path::Path::new(&model), &CompileOptions::default());
+        fs::read(bundle.path().join("weights-cpu.safetensors")).unwrap()
+    });
+    assert!(bundles[0] == bundles[1], "the weights differ");
 }
 
 #[test]
