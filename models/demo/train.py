@@ -60,7 +60,7 @@ def main():
     parser.add_argument("text", type=Path, metavar="TEXT", help="the text to learn from, UTF-8")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="where the checkpoint goes")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="measure this checkpoint and train nothing")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default: 3000)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps (default: 1200)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end sooner than --steps, after so long")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, at least 512 (default: 1024)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="AdamW's, at its peak (default: 2e-3)")
@@ -164,8 +164,7 @@ def train(learned, held_out, args):
 def new_model():
     """Random weights, and sinusoids in the position table, which is learned from there on.
 
-    From sinusoids a head soon learns to look at the token before; from random rows it must learn
-    so for each of the positions, and this little text is read before it has.
+    In sinusoids the step from a position to the next is the same linear map everywhere.
     """
     model = OPTForCausalLM(OPTConfig(**{key: value for key, value in CONFIG.items() if key != "torch_dtype"}))
     table = model.model.decoder.embed_positions.weight.data  # (WINDOW + 2, C)
@@ -210,7 +209,7 @@ def random_windows(ids, starts, count, length):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (https://kellerjordan.github.io/posts/muon/).
 
-    Learns in a third of AdamW's steps here. torch.optim.Muon is the same in bf16, which takes
+    Came in 80 steps to the loss that AdamW took 160 for. torch.optim.Muon is the same in bf16, which takes
     seconds a step on CPUs without bf16 arithmetic.
     """
 

@@ -128,7 +128,7 @@ fn what_would_change_the_computation_is_refused_by_name() {
     refused(
         &with(opt(), json!({"quantization_config": {"bits": 4}})),
         "config.json: field \"quantization_config\" is {\"bits\":4}, which kiln does not support; \
-         supported: none; give the unquantised checkpoint and ask kilnc for --weights int8 or int4",
+         supported: none; give the unquantised checkpoint",
     );
     refused(
         &with(opt(), json!({"rope_theta": 10000.0})),

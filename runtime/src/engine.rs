@@ -596,7 +596,7 @@ mod tests {
             let mut request =
                 Request::new(Prompt::Ids((0..len).map(|t| (t * 7 + i) % VOCAB).collect()));
             request.max_new_tokens = Some([30, 5, 33, 1][i as usize % 4]);
-            request.ignore_eos = i % 2 == 0;
+            request.ignore_eos = i.is_multiple_of(2);
             if i % 3 == 1 {
                 request.sampling = SamplingParams {
                     temperature: 0.9,

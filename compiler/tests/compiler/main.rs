@@ -1,5 +1,7 @@
 //! Tests of the compiler: each pass text in, text out; whole compilations of the fixtures.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod compile;
 mod fuse;
 mod interpret;

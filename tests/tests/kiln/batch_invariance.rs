@@ -118,12 +118,11 @@ fn a_small_cache_changes_nothing_but_the_time() {
     let all: Vec<Value> = (0..LENGTHS.len()).map(request).collect();
     let ample = bundle.generate(&all, &[], None);
     let scarce = bundle.generate(&all, &["--kv-cache-mb", "1"], None);
-    for index in 0..LENGTHS.len() {
+    for (index, length) in LENGTHS.iter().enumerate() {
         assert_eq!(
             bits(&scarce, index),
             bits(&ample, index),
-            "prompt of {} tokens",
-            LENGTHS[index]
+            "prompt of {length} tokens"
         );
     }
 }

@@ -47,7 +47,7 @@ fn text_and_ids_are_those_of_transformers() {
     let prompts = cases["prompts"].as_array().unwrap();
     assert!(!prompts.is_empty());
     for case in prompts {
-        let prompt = case["text"].as_str().unwrap();
+        let prompt = case["prompt"].as_str().unwrap();
         let found = json_line(&kiln(&[
             prompt,
             "--max-new-tokens",
@@ -57,15 +57,47 @@ fn text_and_ids_are_those_of_transformers() {
         ]));
         assert_eq!(found["prompt_ids"], case["prompt_ids"]);
         assert_eq!(found["choices"][0]["ids"], case["greedy_ids"]);
-        assert_eq!(found["choices"][0]["text"], case["greedy_text"]);
+        assert_eq!(found["choices"][0]["text"], case["text"]);
         assert_eq!(found["choices"][0]["finish_reason"], "length");
         assert_eq!(found["usage"]["completion_tokens"], 64);
         // The plain form streams the same text.
         let plain = text(&kiln(&[prompt, "--max-new-tokens", "64", "--ignore-eos"]));
         assert_eq!(
             plain.trim_end_matches('\n'),
-            case["greedy_text"].as_str().unwrap().trim_end_matches('\n')
+            case["text"].as_str().unwrap().trim_end_matches('\n')
         );
+    }
+}
+
+#[test]
+fn texts_get_the_ids_of_transformers() {
+    // OPT's own vocabulary under a small model: every text is a prompt, its ids are printed.
+    let model = tempfile::TempDir::new().unwrap();
+    for name in ["vocab.json", "merges.txt"] {
+        fs::copy(fixture("opt-tokenizer").join(name), model.path().join(name)).unwrap();
+    }
+    let config = json!({
+        "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 50272,
+        "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "ffn_dim": 64, "max_position_embeddings": 256,
+        "do_layer_norm_before": true, "activation_function": "relu", "torch_dtype": "float16",
+        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
+    });
+    fs::write(model.path().join("config.json"), config.to_string()).unwrap();
+    let bundle = TestBundle::compile_dummy(model.path(), &CompileOptions::default());
+    let cases = fs::read_to_string(fixture("expected/opt-tokenizer.json")).unwrap();
+    let cases: Value = serde_json::from_str(&cases).unwrap();
+    let cases = cases["cases"].as_array().unwrap().iter();
+    // An empty prompt is refused, so its ids are never seen.
+    let cases: Vec<&Value> = cases.filter(|case| case["text"] != "").collect();
+    assert!(cases.len() >= 30, "{} cases", cases.len());
+    let requests: Vec<Value> = cases
+        .iter()
+        .map(|case| json!({"prompt": case["text"], "max_new_tokens": 1}))
+        .collect();
+    let found = bundle.generate(&requests, &[], None);
+    for (case, result) in cases.into_iter().zip(&found.results) {
+        assert_eq!(result["prompt_ids"], case["ids"], "{}", case["text"]);
     }
 }
 
@@ -176,16 +208,10 @@ fn prompts_that_must_be_refused() {
     refused(&["--prompt-ids", &long], 1, "600");
     let empty = demo().beside("empty.txt");
     fs::write(&empty, "").unwrap();
-    // An empty text still is its leading </s>: a prompt of one token.
-    assert!(
-        kiln(&[
-            "--prompt-file",
-            &empty.to_string_lossy(),
-            "--max-new-tokens",
-            "1"
-        ])
-        .status
-        .success()
+    refused(
+        &["--prompt-file", &empty.to_string_lossy()],
+        1,
+        "the prompt is empty; give some text, or token ids to start from",
     );
     let invalid = demo().beside("invalid.txt");
     fs::write(&invalid, b"ROMEO: \xff\xfe").unwrap();
@@ -194,7 +220,11 @@ fn prompts_that_must_be_refused() {
         1,
         "invalid.txt",
     );
-    refused(&["--prompt-file", &invalid.to_string_lossy()], 1, "byte 7");
+    refused(
+        &["--prompt-file", &invalid.to_string_lossy()],
+        1,
+        "offset 7",
+    );
     refused(
         &["--prompt-file", "/nonexistent/prompt"],
         1,

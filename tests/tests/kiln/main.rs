@@ -1,5 +1,7 @@
 //! Integration tests: both programs as a user runs them.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod batch_invariance;
 mod cpu_parity;
 mod documents;

@@ -1,5 +1,7 @@
 //! Tests of the IR: the text form and the verifier.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod text;
 mod verify;
 
