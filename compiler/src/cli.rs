@@ -3,6 +3,7 @@
 mod compile;
 mod export;
 mod inspect;
+mod model;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};

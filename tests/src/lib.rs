@@ -10,7 +10,7 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output},
 };
 use tempfile::TempDir;
 
@@ -203,6 +203,21 @@ pub fn deviation(found: &[f32], expected: &[f32]) -> f32 {
             difference => worst.max(difference),
         });
     worst / largest
+}
+
+/// Sends a program what Ctrl-C sends.
+///
+/// # Panics
+/// When it has ended already.
+pub fn interrupt(child: &Child) {
+    // The shell's own `kill`: a bare machine may have no other.
+    let status = Command::new("sh")
+        .args(["-c", &format!("kill -INT {}", child.id())])
+        .status();
+    assert!(
+        status.is_ok_and(|status| status.success()),
+        "cannot interrupt"
+    );
 }
 
 /// Standard error of a failed command, after checking its exit code.

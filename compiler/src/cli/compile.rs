@@ -1,10 +1,11 @@
 //! `kilnc compile`.
 
+use super::model::ModelArguments;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::{DType, Manifest};
-use kiln_compiler::{CompileOptions, Model, Progress, compile};
+use kiln_compiler::{CompileOptions, Progress, compile};
 use serde_json::json;
 use std::{
     io::IsTerminal,
@@ -18,9 +19,8 @@ use std::{
 
 #[derive(Args)]
 pub struct Arguments {
-    /// A checkpoint directory as transformers saves it, a hub id (owner/name), or with
-    /// --dummy-weights a built-in configuration such as opt-125m.
-    model: String,
+    #[command(flatten)]
+    model: ModelArguments,
     /// The bundle to write; a bundle that is there is replaced once the new one is whole.
     #[arg(short, long, value_name = "BUNDLE")]
     output: PathBuf,
@@ -63,17 +63,6 @@ pub struct Arguments {
         default_value = "256,1024"
     )]
     decode_kv: Vec<u32>,
-    /// Use seeded random weights instead of the checkpoint's.
-    #[arg(long)]
-    dummy_weights: bool,
-    /// Seed of --dummy-weights.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 0,
-        requires = "dummy_weights"
-    )]
-    dummy_seed: u64,
     /// Write the text of every stage into a directory.
     #[arg(long, value_name = "DIR")]
     dump_ir: Option<PathBuf>,
@@ -123,9 +112,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             .build_global()
             .with_context(|| format!("cannot start {jobs} threads"))?;
     }
-    let seed = arguments.dummy_weights.then_some(arguments.dummy_seed);
     let options = CompileOptions {
-        model_name: model_name(&arguments.model),
+        model_name: arguments.model.name(),
         dtype: arguments.dtype.into(),
         weights: arguments.weights.map(DType::from),
         max_batch: arguments.max_batch,
@@ -135,8 +123,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         decode_kv: arguments.decode_kv.clone(),
         dump_ir: arguments.dump_ir.clone(),
     };
-    let terminal = std::io::stderr().is_terminal();
-    let bar = Bar::new(terminal);
+    let bar = Bar::new(std::io::stderr().is_terminal());
     let interrupted = bar.interrupted.clone();
     ctrlc::set_handler(move || {
         // The second time at once, whatever is left behind.
@@ -145,7 +132,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
     })
     .context("cannot listen for Ctrl-C")?;
-    let model = Model::find(&arguments.model, seed, terminal)?;
+    let model = arguments.model.find()?;
     let manifest = compile(model, &arguments.output, &options, &bar)?;
     let stages = bar.finish();
     let bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
@@ -186,15 +173,6 @@ fn report(
         "bundle_bytes": bytes,
         "stages": stages.iter().map(|(name, ms)| json!({"name": name, "ms": ms})).collect::<Vec<_>>(),
     })
-}
-
-/// The last part of a path or hub id.
-fn model_name(model: &str) -> String {
-    let path = Path::new(model);
-    // `models/demo/.` and `.` name directories too.
-    let path = path.canonicalize().unwrap_or(path.to_owned());
-    path.file_name()
-        .map_or(model.to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Progress on a terminal, and the time that each stage took.

@@ -1,12 +1,12 @@
 //! `kiln generate` on the demo model: text in, text out, and requests that must be refused.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, program, repository};
+use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository};
 use serde_json::{Value, json};
 use std::{
     fs,
     io::Write,
-    process::{Command, Output, Stdio},
+    process::{Output, Stdio},
     sync::OnceLock,
 };
 
@@ -304,11 +304,7 @@ fn an_interrupt_ends_the_program_cleanly() {
         .unwrap();
     let mut first = [0];
     std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
-    let killed = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status()
-        .unwrap();
-    assert!(killed.success());
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{:?}", output.status);
     assert!(

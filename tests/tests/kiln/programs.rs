@@ -1,7 +1,7 @@
 //! The other commands of both programs.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, program};
+use kiln_tests::{TestBundle, failure, fixture, interrupt, program};
 use serde_json::Value;
 use std::{fs, process::Output};
 
@@ -123,10 +123,7 @@ fn an_interrupted_compilation_leaves_nothing() {
             "it ended before it packed"
         );
     }
-    let kill = std::process::Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status();
-    assert!(kill.unwrap().success());
+    interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
