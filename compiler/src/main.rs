@@ -9,7 +9,8 @@ fn main() -> ExitCode {
     match cli::run(cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kilnc: {error:#}");
+            // Every message names its own cause.
+            eprintln!("error: {error}");
             ExitCode::from(cli::exit_code(&error))
         }
     }

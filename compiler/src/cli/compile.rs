@@ -1,7 +1,7 @@
 //! `kilnc compile`.
 
 use super::model::ModelArguments;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::{DType, Manifest};
@@ -67,8 +67,8 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     dump_ir: Option<PathBuf>,
     /// Threads to compile with [default: all cores]
-    #[arg(long, value_name = "N")]
-    jobs: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: Option<u16>,
     /// Print times and sizes as JSON.
     #[arg(long)]
     json: bool,
@@ -108,9 +108,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     if let Some(jobs) = arguments.jobs {
         rayon::ThreadPoolBuilder::new()
-            .num_threads(jobs)
+            .num_threads(jobs.into())
             .build_global()
-            .with_context(|| format!("cannot start {jobs} threads"))?;
+            .map_err(|error| anyhow!("cannot start {jobs} threads: {error}"))?;
     }
     let options = CompileOptions {
         model_name: arguments.model.name(),
@@ -131,7 +131,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             std::process::exit(130);
         }
     })
-    .context("cannot listen for Ctrl-C")?;
+    .map_err(|error| anyhow!("cannot listen for Ctrl-C: {error}"))?;
     let model = arguments.model.find()?;
     let manifest = compile(model, &arguments.output, &options, &bar)?;
     let stages = bar.finish();
