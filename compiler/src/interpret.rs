@@ -150,7 +150,10 @@ impl Interpreter<'_> {
                     None => None,
                 };
                 let result = self.linear(&linear, operand(0))?;
-                Ok(residual.map_or(result.clone(), |residual| sum(&result, &residual)))
+                Ok(match residual {
+                    Some(residual) => sum(&result, &residual),
+                    None => result,
+                })
             }
             Op::Qkv { linear, .. } => self.linear(&linear, operand(0)),
         }

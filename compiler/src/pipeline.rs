@@ -163,7 +163,9 @@ fn self_test(
     let tokens = SELF_TEST_TOKENS.min(manifest.limits.max_seq_len);
     // Spread over the vocabulary, so that rows from several panels of the table are read.
     let token_ids: Vec<u32> = (1..=tokens)
-        .map(|token| (u64::from(vocabulary - 1) * u64::from(token) / 5) as u32)
+        .map(|token| {
+            (u64::from(vocabulary - 1) * u64::from(token) / u64::from(SELF_TEST_TOKENS + 1)) as u32
+        })
         .collect();
     let weights_dtype = manifest.targets[0].weights;
     let evaluation = interpret(

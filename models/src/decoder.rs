@@ -1,7 +1,7 @@
 //! The decoder graph that OPT and GPT-2 share; what differs is in [`ModelConfig`] and in the names
 //! of the checkpoint's tensors.
 
-use crate::{Activation, Architecture, ModelConfig, NormPlacement, gpt2, opt};
+use crate::{Architecture, ModelConfig, NormPlacement, gpt2, opt};
 use kiln_ir::{Graph, HiddenState, Norm, Op, Rows, Type, ValueId, Weight, WeightId, WeightSource};
 use std::fmt;
 
@@ -108,7 +108,7 @@ impl Decoder<'_> {
         let ids = self.graph.add(Op::TokenIds, Type::Ids, &[]);
         let table = self.weight(Role::TokenTable, &[config.vocab_size, config.embed_size]);
         let mut tokens = self.add(Op::EmbedTokens { table }, config.embed_size, &[ids]);
-        if config.embed_size != config.hidden_size {
+        if config.has_projections() {
             tokens = self.matmul(
                 Role::ProjectIn,
                 tokens,
@@ -117,7 +117,7 @@ impl Decoder<'_> {
             );
         }
         let positions = self.graph.add(Op::Positions, Type::Ids, &[]);
-        let rows = config.max_positions + config.position_offset;
+        let rows = config.position_rows();
         let offset = config.position_offset as u32;
         let position_table = self.weight(Role::PositionTable, &[rows, config.hidden_size]);
         let op = Op::EmbedPositions {
@@ -143,7 +143,7 @@ impl Decoder<'_> {
             let op = Op::Attention {
                 layer: layer_id,
                 heads: decoder.config.heads as u32,
-                head_dim: (c / decoder.config.heads) as u32,
+                head_dim: decoder.config.head_dim() as u32,
                 scale: decoder.config.layer_attention_scale(layer),
             };
             let attended = decoder.add(op, c, &[q, kv]);
@@ -155,11 +155,7 @@ impl Decoder<'_> {
         let (c, f) = (self.config.hidden_size, self.config.ffn_size);
         self.residual_block(layer, Part::FfnNorm, x, |decoder, h| {
             let up = decoder.linear(layer, Part::Up, h, c, f);
-            let activation = match decoder.config.activation {
-                Activation::Relu => kiln_ir::Activation::Relu,
-                Activation::GeluNew => kiln_ir::Activation::GeluNew,
-            };
-            let up = decoder.add(Op::Activation(activation), f, &[up]);
+            let up = decoder.add(Op::Activation(decoder.config.activation), f, &[up]);
             decoder.linear(layer, Part::Down, up, f, c)
         })
     }
@@ -199,7 +195,7 @@ impl Decoder<'_> {
             width,
         };
         x = self.graph.add(Op::SelectLogitRows, selected(c), &[x]);
-        if e != c {
+        if config.has_projections() {
             let weight = self.weight(Role::ProjectOut, &[e, c]);
             x = self.graph.add(Op::Matmul { weight }, selected(e), &[x]);
         }

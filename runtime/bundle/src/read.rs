@@ -9,7 +9,7 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fs::File,
     io::{self, Read},
     path::{Component, Path, PathBuf},
@@ -341,12 +341,9 @@ impl WeightFile {
 
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
-        let names: BTreeMap<&str, ()> = self
-            .tensors
-            .keys()
-            .map(|name| (name.as_str(), ()))
-            .collect();
-        names.into_keys().collect()
+        let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
     }
 
     /// Whether the tensor is there, of the shape, element type and alignment that its role needs.
