@@ -17,11 +17,9 @@ use super::simd::{Element, Kernel, LANES, Simd};
 use super::storage::{Storage, StorageMut};
 use super::tile::{Tile, Tiles};
 use super::{Cpu, Rows, RowsMut};
+use kiln_bundle::BLOCK_TOKENS;
 use std::cmp::Reverse;
 use std::ops::Range;
-
-/// Positions in a block of the KV cache.
-pub const BLOCK_TOKENS: usize = 16;
 
 // A vector of scores is a block.
 const _: () = assert!(BLOCK_TOKENS == LANES);

@@ -27,7 +27,7 @@ mod storage;
 mod testing;
 mod tile;
 
-pub use attention::{Attention, BLOCK_TOKENS, KvCache, KvCacheMut, Sequence, attention, write_kv};
+pub use attention::{Attention, KvCache, KvCacheMut, Sequence, attention, write_kv};
 pub use bandwidth::{Bandwidth, read_bandwidth};
 pub use embed::{Embedding, PositionTable, embed};
 pub use linear::{Activation, Linear, Residual, linear};
