@@ -2,7 +2,7 @@
 
 use kiln_bundle::{
     BundleWriter, DType, Manifest, ManifestError, Target, TensorDecl, WeightRole, WriteError,
-    packing::PANEL,
+    packing::Layout,
 };
 use kiln_ir::{Graph, WeightId};
 use kiln_models::{WeightError, Weights};
@@ -74,8 +74,8 @@ pub fn pack_weights(
         .iter()
         .map(|(name, role)| {
             let (dtype, shape) = match role {
-                WeightRole::Packed { .. } => (target.weights, role.shape()),
-                WeightRole::Vector { .. } => (DType::F32, role.shape()),
+                WeightRole::Packed { .. } => (target.weights, role.shape(target.layout)),
+                WeightRole::Vector { .. } => (DType::F32, role.shape(target.layout)),
                 // The whole table, even where the bundle's limit needs less.
                 WeightRole::Table { .. } => (
                     target.weights,
@@ -97,7 +97,7 @@ pub fn pack_weights(
     let mut done = 0;
     writer.add_tensors(&target.weights_file, &tensors, |tensor, sink| {
         let id = ids[tensor.name.as_str()];
-        let blocks = blocks(graph, id);
+        let blocks = blocks(graph, id, target.layout);
         // A few blocks at once, written in order.
         for wave in blocks.chunks(2 * rayon::current_num_threads()) {
             if progress.cancelled() {
@@ -108,7 +108,7 @@ pub fn pack_weights(
                 .map(|rows| {
                     let values = weights.rows(graph, id, rows.clone())?;
                     let values = match roles[tensor.name.as_str()] {
-                        WeightRole::Packed { k, .. } => pack(&values, *k),
+                        WeightRole::Packed { k, .. } => target.layout.pack(&values, *k),
                         WeightRole::Vector { .. } | WeightRole::Table { .. } => values,
                     };
                     encode(&values, tensor)
@@ -124,31 +124,17 @@ pub fn pack_weights(
     })
 }
 
-/// Rows of a weight in pieces of whole panels.
-fn blocks(graph: &Graph, id: WeightId) -> Vec<std::ops::Range<usize>> {
+/// Rows of a weight in pieces of whole groups.
+fn blocks(graph: &Graph, id: WeightId, layout: Layout) -> Vec<std::ops::Range<usize>> {
     let shape = &graph.weight(id).shape;
     let row_elements: usize = shape[1..].iter().product();
     let rows = (BLOCK_ELEMENTS / row_elements)
-        .next_multiple_of(PANEL)
-        .max(PANEL);
+        .next_multiple_of(layout.group())
+        .max(layout.group());
     (0..shape[0])
         .step_by(rows)
         .map(|first| first..(first + rows).min(shape[0]))
         .collect()
-}
-
-/// Rows (n, K) to panels (ceil(n / PANEL), K, PANEL), the last filled with zeros.
-fn pack(values: &[f32], k: usize) -> Vec<f32> {
-    let panels = values.chunks(PANEL * k);
-    let mut packed = vec![0.0; panels.len() * k * PANEL];
-    for (panel, out) in panels.zip(packed.chunks_mut(k * PANEL)) {
-        for (row, values) in panel.chunks(k).enumerate() {
-            for (column, &value) in values.iter().enumerate() {
-                out[column * PANEL + row] = value;
-            }
-        }
-    }
-    packed
 }
 
 /// Little-endian bytes in the tensor's element type.

@@ -6,7 +6,7 @@ use crate::{
 };
 use kiln_bundle::{
     BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase, SelfTest,
-    TOKENIZER_FILE, Target,
+    TOKENIZER_FILE, Target, packing::Layout,
 };
 use kiln_ir::Graph;
 use kiln_models::{ModelConfig, Weights, build};
@@ -66,6 +66,9 @@ pub fn compile(
                 bounds,
                 arena_bytes: plan.arena_bytes,
                 offsets_bytes: plan.offsets_bytes,
+                launches: vec![],
+                workspace_bytes: 0,
+                counters: 0,
             }
         })
         .collect();
@@ -73,9 +76,11 @@ pub fn compile(
         name: "cpu".to_owned(),
         weights: weights_dtype,
         dtype: options.dtype,
+        layout: Layout::Panels,
         weights_file: "weights-cpu.safetensors".to_owned(),
         programs,
         executables,
+        images: vec![],
     };
     for executable in &target.executables {
         let program = &target.programs[executable.program as usize];

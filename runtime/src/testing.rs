@@ -6,7 +6,7 @@ use crate::device::{
 use crate::sampler::Sampler;
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
-    SelfTest, Target,
+    SelfTest, Target, packing::Layout,
 };
 use std::collections::VecDeque;
 
@@ -30,6 +30,9 @@ pub(crate) fn manifest(max_tokens: u32, max_batch: u32, max_seq_len: u32) -> Man
         },
         arena_bytes: 1 << 20,
         offsets_bytes: Vec::new(),
+        launches: Vec::new(),
+        workspace_bytes: 0,
+        counters: 0,
     };
     let prefill = |tokens: u32| {
         let sequences = max_batch.min(tokens / 2);
@@ -72,9 +75,11 @@ pub(crate) fn manifest(max_tokens: u32, max_batch: u32, max_seq_len: u32) -> Man
             name: "fake".to_owned(),
             weights: DType::F32,
             dtype: DType::F32,
+            layout: Layout::Panels,
             weights_file: String::new(),
             programs: Vec::new(),
             executables,
+            images: Vec::new(),
         }],
         self_test: SelfTest {
             token_ids: Vec::new(),

@@ -41,6 +41,9 @@ fn every_node_becomes_a_kernel_and_every_value_a_buffer() {
         bounds,
         arena_bytes: memory.arena_bytes,
         offsets_bytes: memory.offsets_bytes,
+        launches: vec![],
+        workspace_bytes: 0,
+        counters: 0,
     };
     let plan = KernelPlan {
         program: &program,

@@ -6,6 +6,7 @@
 
 mod dtype;
 mod kernel;
+mod launch;
 mod manifest;
 pub mod packing;
 mod read;
@@ -15,6 +16,10 @@ mod write;
 
 pub use dtype::{DType, UnknownDType};
 pub use kernel::{Activation, BufferId, KernelSpec, Linear, Norm, Residual, Rows};
+pub use launch::{
+    Argument, Image, LAST_SAMPLED, Launch, NO_TOKEN, StepCounts, StepDraw, StepPointers,
+    StepSequence, StepTile, TILE_QUERIES, kv_layer_bytes,
+};
 pub use manifest::{
     ALIGN_BYTES, BLOCK_TOKENS, Bounds, Buffer, Executable, FORMAT_VERSION, FileRecord, Limits,
     MANIFEST_FILE, Manifest, ModelInfo, Phase, Program, RowKind, SelfTest, TOKENIZER_FILE, Tap,

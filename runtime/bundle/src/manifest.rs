@@ -1,11 +1,11 @@
 //! `bundle.json`: what a bundle holds. Plain data; [`crate::verify`] says when it is sound.
 
-use crate::{BufferId, DType, KernelSpec, Norm};
+use crate::{BufferId, DType, Image, KernelSpec, Launch, Norm, packing::Layout};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
@@ -81,6 +81,8 @@ pub struct Target {
     /// Element type of the KV cache, and of activations where the target stores them so (the CPU
     /// computes and stores activations in f32).
     pub dtype: DType,
+    /// Arrangement of weight matrices.
+    pub layout: Layout,
     /// Path of the weight file.
     pub weights_file: String,
     /// Kernel lists, shared by the executables that differ in bounds only.
@@ -88,6 +90,9 @@ pub struct Target {
     /// Prefill executables by rising `max_tokens`, then decode executables by rising
     /// (`max_sequences`, `max_kv_len`).
     pub executables: Vec<Executable>,
+    /// The kernels of a CUDA target.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<Image>,
 }
 
 /// What a row of a buffer stands for: its row count in a step.
@@ -172,6 +177,15 @@ pub struct Executable {
     pub arena_bytes: u64,
     /// Offset of each buffer in the arena, in bytes; buffers that are never alive together share.
     pub offsets_bytes: Vec<u64>,
+    /// What a CUDA target launches, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub launches: Vec<Launch>,
+    /// Bytes of the launches' workspace.
+    #[serde(default)]
+    pub workspace_bytes: u64,
+    /// Words of the launches' counters.
+    #[serde(default)]
+    pub counters: u32,
 }
 
 /// Bounds of a bucket.

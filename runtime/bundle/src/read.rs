@@ -210,7 +210,7 @@ impl Bundle {
                         error,
                     })?;
             for (name, role) in uses {
-                weights.check(&name, &role, target.weights)?;
+                weights.check(&name, &role, target)?;
             }
         }
         Ok(weights)
@@ -347,7 +347,7 @@ impl WeightFile {
     }
 
     /// Whether the tensor is there, of the shape, element type and alignment that its role needs.
-    fn check(&self, name: &str, role: &WeightRole, matrix: DType) -> Result<(), BundleError> {
+    fn check(&self, name: &str, role: &WeightRole, target: &Target) -> Result<(), BundleError> {
         let damaged = |problem: String| BundleError::Damaged {
             path: self.path.clone(),
             problem,
@@ -356,11 +356,11 @@ impl WeightFile {
             return Err(damaged(format!("tensor {name:?} is missing")));
         };
         let (dtype, align_bytes) = match role {
-            WeightRole::Packed { .. } => (matrix, ALIGN_BYTES),
-            WeightRole::Table { .. } => (matrix, 1),
+            WeightRole::Packed { .. } => (target.weights, ALIGN_BYTES),
+            WeightRole::Table { .. } => (target.weights, 1),
             WeightRole::Vector { .. } => (DType::F32, 1),
         };
-        let needed = role.shape();
+        let needed = role.shape(target.layout);
         let fits = match role {
             WeightRole::Table { min_rows, width } => {
                 matches!(tensor.shape[..], [rows, found] if rows >= *min_rows && found == *width)

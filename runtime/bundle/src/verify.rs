@@ -9,13 +9,15 @@
 //!   and every buffer read has been written by an earlier kernel;
 //! - buffers lie inside the arena at offsets aligned to [`ALIGN_BYTES`];
 //! - there is an executable of each phase, and a prefill step of one token always fits one;
-//! - hidden states number L+1, and their kernels write the buffers that they name.
+//! - hidden states number L+1, and their kernels write the buffers that they name;
+//! - launches name kernels, images, buffers, layers and weights that exist, lie in their workspace
+//!   and go through the program's kernels in order.
 //!
 //! Weights are checked against the weight file by the reader, from [`Program::weight_uses`].
 
 use crate::{
-    ALIGN_BYTES, BufferId, DType, Executable, KernelSpec, Linear, Manifest, Norm, Phase, Program,
-    RowKind, Rows, Target, packing,
+    ALIGN_BYTES, Argument, BufferId, DType, Executable, Image, KernelSpec, Linear, Manifest, Norm, Phase, Program,
+    RowKind, Rows, Target, packing::Layout,
 };
 use std::collections::BTreeMap;
 
@@ -23,6 +25,10 @@ use std::collections::BTreeMap;
 const MAX_DIMENSION: u32 = 1 << 24;
 /// Upper bound of a program's kernels and buffers: far above any model, far below memory.
 const MAX_ITEMS: usize = 1 << 16;
+
+/// Upper bounds of CUDA on a block and on the grid's y and z.
+const MAX_BLOCK_THREADS: u32 = 1024;
+const MAX_GRID_YZ: u32 = 65535;
 
 /// A manifest that contradicts itself: the writer's mistake, or a damaged bundle.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,7 +43,7 @@ pub struct ManifestError {
 /// What a kernel needs of a tensor in the weight file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WeightRole {
-    /// A matrix in the panel layout of [`packing`], in the target's weight type.
+    /// A matrix in the target's layout, in its weight type.
     Packed {
         /// Outputs.
         n: usize,
@@ -60,9 +66,9 @@ pub enum WeightRole {
 
 impl WeightRole {
     /// The shape in the weight file; for a table, its smallest.
-    pub fn shape(&self) -> Vec<usize> {
+    pub fn shape(&self, layout: Layout) -> Vec<usize> {
         match *self {
-            WeightRole::Packed { n, k } => packing::packed_shape(n, k).to_vec(),
+            WeightRole::Packed { n, k } => layout.shape(n, k),
             WeightRole::Vector { len } => vec![len],
             WeightRole::Table { min_rows, width } => vec![min_rows, width],
         }
@@ -180,6 +186,10 @@ fn verify_target(manifest: &Manifest, target: &Target) -> Check {
     for program in &target.programs {
         verify_program(manifest, program)
             .map_err(|error| within(&format!("{place}, program {}", program.name), error))?;
+    }
+    for (index, image) in target.images.iter().enumerate() {
+        verify_image(manifest, image)
+            .map_err(|error| within(&format!("{place}, image {index}"), error))?;
     }
     for executable in &target.executables {
         verify_executable(manifest, target, executable)
@@ -505,6 +515,74 @@ fn verify_executable(manifest: &Manifest, target: &Target, executable: &Executab
                     kernel.name()
                 ),
             );
+        }
+    }
+    verify_launches(manifest, target, program, executable)
+}
+
+fn verify_image(manifest: &Manifest, image: &Image) -> Check {
+    if image.entry.is_empty() || !image.entry.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    {
+        return fail("", format!("entry {:?} is no identifier", image.entry));
+    }
+    if image.block_threads == 0 || image.block_threads > MAX_BLOCK_THREADS {
+        return fail("", format!("block_threads is {}", image.block_threads));
+    }
+    for path in image.cubin.iter().chain([&image.source]) {
+        if !manifest.files.contains_key(path) {
+            return fail("", format!("{path:?} is not listed in files"));
+        }
+    }
+    Ok(())
+}
+
+fn verify_launches(
+    manifest: &Manifest,
+    target: &Target,
+    program: &Program,
+    executable: &Executable,
+) -> Check {
+    if executable.launches.len() > MAX_ITEMS {
+        return fail("", format!("more than {MAX_ITEMS} launches"));
+    }
+    if executable.launches.is_empty() != target.images.is_empty() {
+        return fail("", "images and launches come together or not at all");
+    }
+    let weights = program.weight_uses(manifest)?;
+    let mut last = 0;
+    for (index, launch) in executable.launches.iter().enumerate() {
+        let place = format!("launch {index}");
+        if launch.image as usize >= target.images.len() {
+            return fail(&place, format!("image {} does not exist", launch.image));
+        }
+        if launch.kernel as usize >= program.kernels.len() || launch.kernel < last {
+            return fail(
+                &place,
+                format!("kernel {} does not exist or comes too late", launch.kernel),
+            );
+        }
+        last = launch.kernel;
+        let [x, y, z] = launch.grid;
+        if x == 0 || y == 0 || z == 0 || x > i32::MAX as u32 || y.max(z) > MAX_GRID_YZ {
+            return fail(&place, format!("grid is {x} x {y} x {z}"));
+        }
+        for argument in &launch.arguments {
+            match argument {
+                Argument::Buffer(id) => drop(buffer(program, *id)?),
+                Argument::Weight(name) if !weights.contains_key(name) => {
+                    return fail(&place, format!("no kernel of the program uses {name:?}"));
+                }
+                Argument::KvLayer(layer) => verify_layer(manifest, *layer)?,
+                Argument::Workspace { offset_bytes }
+                    if *offset_bytes >= executable.workspace_bytes =>
+                {
+                    return fail(&place, format!("workspace has no byte {offset_bytes}"));
+                }
+                Argument::Step
+                | Argument::Weight(_)
+                | Argument::Workspace { .. }
+                | Argument::Counters => {}
+            }
         }
     }
     Ok(())

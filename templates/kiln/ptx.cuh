@@ -1,0 +1,157 @@
+// The instructions that CUDA C++ has no words for. Nothing else in these headers contains
+// assembly: a host that emulates a device replaces this one file.
+#pragma once
+
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef unsigned long long uint64_t;
+
+#define KILN_DEVICE __device__ __forceinline__
+#define KILN_KERNEL(threads, blocks_per_sm) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
+#define KILN_SHARED __shared__
+
+// 16-bit element types: bits alone, converted to and from f32.
+struct f16 {
+    uint16_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+
+// Dynamic shared memory of the block, 16-byte aligned.
+KILN_DEVICE uint8_t* dynamic_shared() {
+    extern __shared__ uint4 kiln_dynamic_shared[];
+    return reinterpret_cast<uint8_t*>(kiln_dynamic_shared);
+}
+
+// Two elements from two numbers, rounded to nearest even; `low` comes first in memory.
+template <typename T>
+KILN_DEVICE uint32_t pack(float low, float high);
+
+template <>
+KILN_DEVICE uint32_t pack<f16>(float low, float high) {
+    uint32_t out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+template <>
+KILN_DEVICE uint32_t pack<bf16>(float low, float high) {
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+// The element with these bits.
+template <typename T>
+KILN_DEVICE float unpack(uint16_t bits);
+
+template <>
+KILN_DEVICE float unpack<f16>(uint16_t bits) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+    return out;
+}
+
+template <>
+KILN_DEVICE float unpack<bf16>(uint16_t bits) {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+// A weight: read once a step, so it is kept out of L1 and leaves L2 first.
+KILN_DEVICE uint4 load_weight(const uint4* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+    return v;
+}
+
+// 16 bytes that an earlier kernel, or an earlier block of this one, wrote: read from L2.
+KILN_DEVICE uint4 load_shared_by_blocks(const uint4* address) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+KILN_DEVICE float load_shared_by_blocks(const float* address) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
+}
+
+// Starts a copy of 16 bytes to shared memory; zeros where `exists` is false.
+KILN_DEVICE void copy_async(void* shared, const void* global, bool exists) {
+    uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(exists ? 16 : 0)
+                 : "memory");
+}
+
+// Ends a group of copies.
+KILN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `Pending` of this thread's groups are under way.
+template <int Pending>
+KILN_DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// sum (16 x 8) += a (16 x 16, row-major) * b (16 x 8, column-major), over the lanes of a warp.
+template <typename T>
+KILN_DEVICE void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+KILN_DEVICE void mma<f16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+KILN_DEVICE void mma<bf16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 2^x, to two units in the last place.
+KILN_DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Programmatic dependent launch (sm_90 and up; elsewhere a kernel starts when the one before it has
+// ended). Every thread that reads or writes what other kernels touch calls `wait_for_previous`
+// first, and every block calls it, whether it has work or not: a kernel that ended without waiting
+// would let the next one overtake the previous.
+KILN_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start its blocks, up to their own `wait_for_previous`.
+KILN_DEVICE void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Counts an arrival at `counter` and returns how many came before. What the calling thread wrote
+// before it can be read by whoever counts after it.
+KILN_DEVICE uint32_t arrive(uint32_t* counter) {
+    __threadfence();
+    uint32_t before = atomicAdd(counter, 1);
+    __threadfence();
+    return before;
+}
