@@ -11,6 +11,7 @@
 //! has read the token of the last one.
 
 mod cpu;
+pub mod cuda;
 mod memory;
 
 pub use cpu::{CpuDevice, CpuOptions};
