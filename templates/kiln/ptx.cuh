@@ -60,12 +60,15 @@ KILN_DEVICE float unpack<bf16>(uint16_t bits) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// A weight: read once a step, so it is kept out of L1 and leaves L2 first.
+// A weight: read once a step, so it is kept out of L1 and leaves L2 first. (The modifier
+// `.L2::evict_first` exists for loads of 32 bytes alone; the policy is a constant after compilation.)
 KILN_DEVICE uint4 load_weight(const uint4* address) {
+    uint64_t evict_first;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address));
+                 : "l"(address), "l"(evict_first));
     return v;
 }
 
