@@ -6,6 +6,7 @@
 //!
 //! [`compile`] is the table of contents; each stage is a module named after it.
 
+pub mod cuda;
 mod interpret;
 mod model;
 mod options;

@@ -5,7 +5,9 @@
 mod compile;
 mod fuse;
 mod interpret;
+mod nvrtc;
 mod plan_memory;
+mod sass;
 mod specialise;
 
 use std::path::{Path, PathBuf};
