@@ -15,16 +15,18 @@ pub mod passes;
 mod pipeline;
 mod plan;
 mod plan_memory;
+mod predict;
 mod specialise;
 mod tokenizer;
 
 pub use interpret::{Evaluation, LogitRows, interpret};
 pub use model::{Model, ModelError};
-pub use options::{CompileOptions, OptionError};
+pub use options::{CompileOptions, ElementTypes, OptionError, TargetChoice};
 pub use package::{PackageError, pack_weights};
 pub use pipeline::compile;
 pub use plan::{KernelPlan, KernelText, executable_name};
 pub use plan_memory::{MemoryPlan, plan_memory};
+pub use predict::{GPUS, Gpu, Prediction, predict};
 pub use specialise::{SpecialiseError, specialise};
 pub use tokenizer::TokenizerError;
 
@@ -77,6 +79,15 @@ pub enum CompileError {
     /// The compiler's mistake.
     #[error(transparent)]
     Specialise(#[from] SpecialiseError),
+    /// The model, for a CUDA target.
+    #[error(transparent)]
+    Lower(#[from] cuda::LowerError),
+    /// The machine's CUDA compiler, or the kernels' mistake.
+    #[error(transparent)]
+    Build(#[from] cuda::BuildError),
+    /// The machine has no CUDA compiler.
+    #[error(transparent)]
+    Nvrtc(#[from] cuda::NvrtcError),
     /// The checkpoint or the output, while packing.
     #[error(transparent)]
     Package(#[from] PackageError),

@@ -1,5 +1,6 @@
 //! What the caller chooses, and the buckets that follow from it.
 
+use crate::cuda::CudaTarget;
 use kiln_bundle::{Bounds, DType, Limits, Phase};
 use kiln_models::ModelConfig;
 use std::path::PathBuf;
@@ -8,15 +9,31 @@ use std::path::PathBuf;
 /// enough that the (R, V) buffer stays small beside the weights.
 const PREFILL_LOGIT_ROWS: u32 = 64;
 
+/// What executables are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum TargetChoice {
+    /// Any CPU.
+    Cpu,
+    /// A GPU.
+    Cuda(CudaTarget),
+}
+
 /// Choices of a compilation. `Default` gives what `kilnc compile` does without flags.
 #[derive(Clone, Debug)]
 pub struct CompileOptions {
     /// Name of the model, for people.
     pub model_name: String,
-    /// Element type of the KV cache (and of activations where the target stores them so).
-    pub dtype: DType,
-    /// Element type of weight matrices; the checkpoint's own when absent.
+    /// What to compile for; repetitions count once.
+    pub targets: Vec<TargetChoice>,
+    /// Element type of the KV cache, and of activations where the target stores them so. When absent:
+    /// f32 for the CPU alone; with a GPU among the targets that of the weights, where it is one of 16
+    /// bits, else f16.
+    pub dtype: Option<DType>,
+    /// Element type of weight matrices. When absent: the checkpoint's own; with a GPU among the
+    /// targets, `dtype`.
     pub weights: Option<DType>,
+    /// Leave out the machine code of CUDA targets.
+    pub emit_only: bool,
     /// Most sequences in a step.
     pub max_batch: u32,
     /// Most positions of a sequence; the model's own when absent.
@@ -35,8 +52,10 @@ impl Default for CompileOptions {
     fn default() -> CompileOptions {
         CompileOptions {
             model_name: "model".to_owned(),
-            dtype: DType::F32,
+            targets: vec![TargetChoice::Cpu],
+            dtype: None,
             weights: None,
+            emit_only: false,
             max_batch: 16,
             max_seq_len: None,
             prefill_buckets: vec![16, 64, 256, 512],
@@ -72,7 +91,59 @@ const MAX_BATCH: u32 = 4096;
 /// Most tokens of a prefill step.
 const MAX_PREFILL_TOKENS: u32 = 65536;
 
+/// Element types of a bundle, the same for all of its targets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ElementTypes {
+    /// Of the KV cache, and of activations where the target stores them so.
+    pub dtype: DType,
+    /// Of weight matrices.
+    pub weights: DType,
+}
+
 impl CompileOptions {
+    /// The GPUs among the targets, each once, in order.
+    pub fn cuda_targets(&self) -> Vec<CudaTarget> {
+        let mut targets: Vec<CudaTarget> = self
+            .targets
+            .iter()
+            .filter_map(|target| match target {
+                TargetChoice::Cpu => None,
+                TargetChoice::Cuda(target) => Some(*target),
+            })
+            .collect();
+        targets.sort_unstable();
+        targets.dedup();
+        targets
+    }
+
+    /// The element types that follow from the choices.
+    ///
+    /// # Errors
+    /// Types that a GPU among the targets does not take.
+    pub fn element_types(&self, config: &ModelConfig) -> Result<ElementTypes, OptionError> {
+        if self.cuda_targets().is_empty() {
+            return Ok(ElementTypes {
+                dtype: self.dtype.unwrap_or(DType::F32),
+                weights: self.weights.unwrap_or(config.dtype),
+            });
+        }
+        let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);
+        let own = Some(config.dtype).filter(narrow).unwrap_or(DType::F16);
+        let dtype = self.dtype.or(self.weights).unwrap_or(own);
+        let weights = self.weights.unwrap_or(dtype);
+        for (flag, found) in [("dtype", dtype), ("weights", weights)] {
+            if !narrow(&found) || found != dtype {
+                return Err(OptionError {
+                    flag,
+                    found: found.to_string(),
+                    needed: "a CUDA target takes f16 or bf16, the same for --dtype and --weights"
+                        .to_owned(),
+                });
+            }
+        }
+        Ok(ElementTypes { dtype, weights })
+    }
+
     /// The bundle's limits for a model.
     ///
     /// # Errors

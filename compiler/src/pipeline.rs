@@ -1,18 +1,23 @@
 //! The compiler as one page.
 
 use crate::{
-    CompileError, CompileOptions, LogitRows, Model, Progress, executable_name, interpret,
-    pack_weights, passes, plan::KernelPlan, plan_memory, specialise, tokenizer,
+    CompileError, CompileOptions, ElementTypes, LogitRows, Model, Progress, TargetChoice, cuda,
+    executable_name, interpret, pack_weights, passes, plan::KernelPlan, plan_memory, specialise,
+    tokenizer,
 };
 use kiln_bundle::{
-    BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase, SelfTest,
-    TOKENIZER_FILE, Target, packing::Layout,
+    Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
+    Program, SelfTest, TOKENIZER_FILE, Target, packing::Layout,
 };
 use kiln_ir::Graph;
 use kiln_models::{ModelConfig, Weights, build};
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
-/// Compiles a model for the CPU into a bundle at `output`.
+/// Compiles a model into a bundle at `output`.
 ///
 /// # Errors
 /// Any of [`CompileError`]; nothing is left at `output` then.
@@ -29,7 +34,13 @@ pub fn compile(
     } = model;
     let limits = options.limits(&config)?;
     let buckets = options.buckets(&limits)?;
-    let weights_dtype = options.weights.unwrap_or(config.dtype);
+    let types = options.element_types(&config)?;
+    let gpus = options.cuda_targets();
+    // Without a toolchain nothing that follows is of use.
+    let toolchain = match gpus.is_empty() || options.emit_only {
+        true => None,
+        false => Some(cuda::Nvrtc::find()?),
+    };
     let mut dump = Dump::new(options.dump_ir.as_deref());
 
     progress.stage("build");
@@ -48,16 +59,72 @@ pub fn compile(
     dump.write("fuse.ir", &fused)?;
 
     progress.stage("specialise");
+    let mut manifest = manifest(&config, options, limits);
+    if options.targets.contains(&TargetChoice::Cpu) {
+        let (programs, executables) = plan(&fused, &buckets, DType::F32)?;
+        manifest.targets.push(Target {
+            name: "cpu".to_owned(),
+            weights: types.weights,
+            dtype: types.dtype,
+            layout: Layout::Panels,
+            weights_file: "weights-cpu.safetensors".to_owned(),
+            programs,
+            executables,
+            images: vec![],
+        });
+    }
+    let mut writer = BundleWriter::create(output)?;
+    if !gpus.is_empty() {
+        let (programs, mut executables) = plan(&fused, &buckets, types.dtype)?;
+        let kernels = cuda::lower_all(&programs, &mut executables, &manifest.model, types.dtype)?;
+        progress.stage("kernels");
+        let images =
+            cuda::build_images(&mut writer, &kernels, &gpus, toolchain.as_ref(), progress)?;
+        for (gpu, images) in gpus.iter().zip(images) {
+            manifest.targets.push(Target {
+                name: gpu.name().to_owned(),
+                weights: types.weights,
+                dtype: types.dtype,
+                layout: Layout::Tiles,
+                weights_file: "weights-cuda.safetensors".to_owned(),
+                programs: programs.clone(),
+                executables: executables.clone(),
+                images,
+            });
+        }
+    }
+    dump.plans(&manifest.targets)?;
+
+    progress.stage("pack");
+    let mut packed = BTreeSet::new();
+    for target in &manifest.targets {
+        // GPUs share one file.
+        if packed.insert(&target.weights_file) {
+            pack_weights(&mut writer, &manifest, target, &fused, &weights, progress)?;
+        }
+    }
+    if let Some(tokenizer) = tokenizer {
+        writer.add_file(TOKENIZER_FILE, tokenizer.as_bytes())?;
+    }
+
+    progress.stage("self-test");
+    manifest.self_test = self_test(&graph, &weights, &manifest, types, progress)?;
+    Ok(writer.finish(manifest)?)
+}
+
+/// The programs of both phases, and an executable for each bucket.
+fn plan(
+    fused: &Graph,
+    buckets: &[(Phase, Bounds)],
+    activations: DType,
+) -> Result<(Vec<Program>, Vec<Executable>), CompileError> {
     let phases = [Phase::Prefill, Phase::Decode];
-    let programs = phases.map(|phase| specialise(&fused, phase));
+    let programs = phases.map(|phase| specialise(fused, phase, activations));
     let programs = programs.into_iter().collect::<Result<Vec<_>, _>>()?;
     let executables = buckets
         .iter()
         .map(|&(phase, bounds)| {
-            let program = phases
-                .iter()
-                .position(|&other| other == phase)
-                .unwrap_or_default();
+            let program = usize::from(phase == Phase::Decode);
             let plan = plan_memory(&programs[program], &bounds);
             Executable {
                 name: executable_name(phase, &bounds),
@@ -72,40 +139,7 @@ pub fn compile(
             }
         })
         .collect();
-    let target = Target {
-        name: "cpu".to_owned(),
-        weights: weights_dtype,
-        dtype: options.dtype,
-        layout: Layout::Panels,
-        weights_file: "weights-cpu.safetensors".to_owned(),
-        programs,
-        executables,
-        images: vec![],
-    };
-    for executable in &target.executables {
-        let program = &target.programs[executable.program as usize];
-        dump.write(
-            &format!("{}.plan", executable.name),
-            KernelPlan {
-                program,
-                executable,
-            },
-        )?;
-    }
-
-    progress.stage("pack");
-    let mut writer = BundleWriter::create(output)?;
-    let mut manifest = manifest(&config, options, limits, target);
-    for target in &manifest.targets {
-        pack_weights(&mut writer, &manifest, target, &fused, &weights, progress)?;
-    }
-    if let Some(tokenizer) = tokenizer {
-        writer.add_file(TOKENIZER_FILE, tokenizer.as_bytes())?;
-    }
-
-    progress.stage("self-test");
-    manifest.self_test = self_test(&graph, &weights, &manifest, options.dtype, progress)?;
-    Ok(writer.finish(manifest)?)
+    Ok((programs, executables))
 }
 
 fn verified(pass: &'static str, graph: &Graph) -> Result<(), CompileError> {
@@ -114,12 +148,7 @@ fn verified(pass: &'static str, graph: &Graph) -> Result<(), CompileError> {
         .map_err(|error| CompileError::Verify { pass, error })
 }
 
-fn manifest(
-    config: &ModelConfig,
-    options: &CompileOptions,
-    limits: Limits,
-    target: Target,
-) -> Manifest {
+fn manifest(config: &ModelConfig, options: &CompileOptions, limits: Limits) -> Manifest {
     let in_vocabulary = |id: &u32| (*id as usize) < config.vocab_size;
     Manifest {
         format_version: FORMAT_VERSION,
@@ -143,7 +172,7 @@ fn manifest(
             pad_token_id: config.pad_token_id.filter(in_vocabulary),
         },
         limits,
-        targets: vec![target],
+        targets: vec![],
         self_test: SelfTest {
             token_ids: vec![],
             top_logits: vec![],
@@ -161,7 +190,7 @@ fn self_test(
     graph: &Graph,
     weights: &Weights,
     manifest: &Manifest,
-    dtype: DType,
+    types: ElementTypes,
     progress: &dyn Progress,
 ) -> Result<SelfTest, CompileError> {
     let vocabulary = manifest.model.vocab_size;
@@ -172,11 +201,10 @@ fn self_test(
             (u64::from(vocabulary - 1) * u64::from(token) / u64::from(SELF_TEST_TOKENS + 1)) as u32
         })
         .collect();
-    let weights_dtype = manifest.targets[0].weights;
     let evaluation = interpret(
         graph,
         weights,
-        weights_dtype,
+        types.weights,
         &token_ids,
         LogitRows::Last,
         progress,
@@ -191,8 +219,8 @@ fn self_test(
     }
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     ranked.truncate(SELF_TEST_LOGITS);
-    // Only what the target rounds and the interpreter does not: the cache, and f32 sums.
-    let tolerance = match dtype {
+    // Only what a target rounds and the interpreter does not: the cache, activations, and f32 sums.
+    let tolerance = match types.dtype {
         DType::F32 | DType::I32 => 5e-4,
         DType::F16 => 5e-3,
         DType::Bf16 => 4e-2,
@@ -213,6 +241,21 @@ struct Dump<'a> {
 impl Dump<'_> {
     fn new(dir: Option<&Path>) -> Dump<'_> {
         Dump { dir, next: 0 }
+    }
+
+    fn plans(&mut self, targets: &[Target]) -> Result<(), CompileError> {
+        for target in targets {
+            for executable in &target.executables {
+                let program = &target.programs[executable.program as usize];
+                let plan = KernelPlan {
+                    program,
+                    executable,
+                    images: &target.images,
+                };
+                self.write(&format!("{}-{}.plan", target.name, executable.name), plan)?;
+            }
+        }
+        Ok(())
     }
 
     fn write(&mut self, name: &str, text: impl std::fmt::Display) -> Result<(), CompileError> {

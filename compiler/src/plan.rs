@@ -1,6 +1,8 @@
 //! The kernel plan of one executable, and its text form.
 
-use kiln_bundle::{Executable, KernelSpec, Linear, Norm, Phase, Program, RowKind, Rows};
+use kiln_bundle::{
+    Argument, Executable, Image, KernelSpec, Linear, Norm, Phase, Program, RowKind, Rows,
+};
 use std::fmt;
 
 /// A program with the bounds and memory of one bucket, for printing.
@@ -10,6 +12,8 @@ pub struct KernelPlan<'a> {
     pub program: &'a Program,
     /// Bounds and offsets.
     pub executable: &'a Executable,
+    /// What the executable's launches name; none on the CPU.
+    pub images: &'a [Image],
 }
 
 /// `decode-b4-kv1024`, `prefill-t64`.
@@ -26,6 +30,7 @@ impl fmt::Display for KernelPlan<'_> {
         let KernelPlan {
             program,
             executable,
+            images,
         } = self;
         let bounds = &executable.bounds;
         writeln!(f, "executable {} {{", executable.name)?;
@@ -64,6 +69,35 @@ impl fmt::Display for KernelPlan<'_> {
             writeln!(f)?;
         }
         writeln!(f, "  logits {}", program.logits)?;
+        if !executable.launches.is_empty() {
+            writeln!(
+                f,
+                "  workspace {} bytes, {} counters",
+                executable.workspace_bytes, executable.counters
+            )?;
+        }
+        for launch in &executable.launches {
+            let entry = images
+                .get(launch.image as usize)
+                .map_or("?", |image| &image.entry);
+            let [x, y, z] = launch.grid;
+            write!(
+                f,
+                "  launch {entry} grid={x}x{y}x{z} for kernel {}:",
+                launch.kernel
+            )?;
+            for argument in &launch.arguments {
+                match argument {
+                    Argument::Step => write!(f, " step")?,
+                    Argument::Buffer(id) => write!(f, " {id}")?,
+                    Argument::Weight(name) => write!(f, " @{name}")?,
+                    Argument::KvLayer(layer) => write!(f, " kv[{layer}]")?,
+                    Argument::Workspace { offset_bytes } => write!(f, " workspace+{offset_bytes}")?,
+                    Argument::Counters => write!(f, " counters")?,
+                }
+            }
+            writeln!(f)?;
+        }
         writeln!(f, "}}")
     }
 }

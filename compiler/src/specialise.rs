@@ -7,7 +7,7 @@ use kiln_bundle::{
     RowKind, Rows, Tap,
 };
 use kiln_ir::{Graph, Op, Type, ValueId, WeightId};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// A graph that has no place in the fused vocabulary: a pattern that `fuse` does not know.
 #[derive(Debug, thiserror::Error)]
@@ -25,11 +25,19 @@ pub enum SpecialiseError {
     Unsound(&'static str),
 }
 
-/// The kernels of one phase.
+/// The kernels of one phase, with activations of type `activations`.
+///
+/// Whatever that type, logits and the residual stream are f32: the rows that layers add to and that
+/// norms read. A sum of many layers is where 16 bits would cost accuracy, and its rows are few beside
+/// the weights.
 ///
 /// # Errors
 /// An operation that is not in the fused vocabulary.
-pub fn specialise(graph: &Graph, phase: Phase) -> Result<Program, SpecialiseError> {
+pub fn specialise(
+    graph: &Graph,
+    phase: Phase,
+    activations: DType,
+) -> Result<Program, SpecialiseError> {
     let order = graph
         .schedule()
         .ok_or(SpecialiseError::Unsound("it has a cycle"))?;
@@ -59,13 +67,35 @@ pub fn specialise(graph: &Graph, phase: Phase) -> Result<Program, SpecialiseErro
             }
         })
         .collect();
-    Ok(Program {
+    let mut program = Program {
         name: phase.name().to_owned(),
         buffers: lowering.buffers,
         kernels: lowering.kernels,
         logits,
         hidden_states,
-    })
+    };
+    let wide = f32_buffers(&program);
+    for (id, buffer) in (0..).map(BufferId).zip(&mut program.buffers) {
+        if !wide.contains(&id) {
+            buffer.dtype = activations;
+        }
+    }
+    Ok(program)
+}
+
+/// The logits, the hidden states, and all that is added to or read by a norm.
+fn f32_buffers(program: &Program) -> HashSet<BufferId> {
+    let taps = program.hidden_states.iter().map(|tap| tap.buffer);
+    let mut wide: HashSet<BufferId> = taps.chain([program.logits]).collect();
+    for linear in program.kernels.iter().filter_map(KernelSpec::linear) {
+        if linear.norm.is_some() {
+            wide.insert(linear.input);
+        }
+        if let Some(residual) = &linear.residual {
+            wide.extend([residual.buffer, linear.out]);
+        }
+    }
+    wide
 }
 
 struct Lowering<'a> {

@@ -1,11 +1,11 @@
 //! `kilnc compile`.
 
 use super::model::ModelArguments;
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::{DType, Manifest};
-use kiln_compiler::{CompileOptions, Progress, compile};
+use kiln_compiler::{CompileOptions, Progress, TargetChoice, compile, cuda::native_gpu};
 use serde_json::json;
 use std::{
     io::IsTerminal,
@@ -24,13 +24,15 @@ pub struct Arguments {
     /// The bundle to write; a bundle that is there is replaced once the new one is whole.
     #[arg(short, long, value_name = "BUNDLE")]
     output: PathBuf,
-    /// What to compile for; `native` is the best target of this machine.
-    #[arg(long, value_enum, default_value = "native")]
+    /// What to compile for, repeatable: cpu, sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120a, or native,
+    /// which is this machine's GPU where it has one, else its CPU.
+    #[arg(long, value_name = "TARGET", default_value = "native", value_parser = target)]
     target: Vec<TargetName>,
-    /// Element type of the KV cache. The CPU target computes and keeps activations in f32.
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: FloatType,
-    /// Element type of the weight matrices [default: the checkpoint's own]
+    /// Element type of activations and the KV cache; of the KV cache alone on the CPU, which computes
+    /// in f32 [default: f32 for the CPU, the weights' for CUDA]
+    #[arg(long, value_enum)]
+    dtype: Option<FloatType>,
+    /// Element type of the weight matrices [default: the checkpoint's own; for CUDA, f16 instead of f32]
     #[arg(long, value_enum)]
     weights: Option<FloatType>,
     /// Most sequences in one step.
@@ -66,6 +68,9 @@ pub struct Arguments {
     /// Write the text of every stage into a directory.
     #[arg(long, value_name = "DIR")]
     dump_ir: Option<PathBuf>,
+    /// Emit the sources of CUDA targets without compiling them.
+    #[arg(long)]
+    emit_only: bool,
     /// Threads to compile with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: Option<u16>,
@@ -74,10 +79,32 @@ pub struct Arguments {
     json: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy)]
 enum TargetName {
     Native,
-    Cpu,
+    Named(TargetChoice),
+}
+
+fn target(name: &str) -> Result<TargetName, String> {
+    match name {
+        "native" => Ok(TargetName::Native),
+        "cpu" => Ok(TargetName::Named(TargetChoice::Cpu)),
+        gpu => gpu
+            .parse()
+            .map(|gpu| TargetName::Named(TargetChoice::Cuda(gpu)))
+            .map_err(|_| {
+                "known are native, cpu, sm_80, sm_86, sm_89, sm_90a, sm_100a and sm_120a".to_owned()
+            }),
+    }
+}
+
+impl TargetName {
+    fn choice(self) -> TargetChoice {
+        match self {
+            TargetName::Native => native_gpu().map_or(TargetChoice::Cpu, TargetChoice::Cuda),
+            TargetName::Named(choice) => choice,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -99,13 +126,6 @@ impl From<FloatType> for DType {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    // The CPU is the only target yet: `native` and `cpu` are one.
-    if arguments.target.len() > 1 {
-        bail!(
-            "--target is given {} times and names the CPU each time",
-            arguments.target.len()
-        );
-    }
     if let Some(jobs) = arguments.jobs {
         rayon::ThreadPoolBuilder::new()
             .num_threads(jobs.into())
@@ -114,7 +134,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     let options = CompileOptions {
         model_name: arguments.model.name(),
-        dtype: arguments.dtype.into(),
+        targets: arguments.target.iter().map(|t| t.choice()).collect(),
+        dtype: arguments.dtype.map(DType::from),
+        emit_only: arguments.emit_only,
         weights: arguments.weights.map(DType::from),
         max_batch: arguments.max_batch,
         max_seq_len: arguments.max_seq_len,

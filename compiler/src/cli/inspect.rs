@@ -3,8 +3,8 @@
 use anyhow::Result;
 use clap::Args;
 use indicatif::HumanBytes;
-use kiln_bundle::{Bundle, Executable, KernelSpec, Manifest, Program, Target, packing};
-use kiln_compiler::KernelText;
+use kiln_bundle::{Bundle, Executable, KernelSpec, Manifest, Program, Target};
+use kiln_compiler::{GPUS, Gpu, KernelText, predict};
 use serde_json::{Value, json};
 use std::{fmt::Write, path::PathBuf};
 
@@ -15,9 +15,26 @@ pub struct Arguments {
     /// List the kernels of each program as well.
     #[arg(long)]
     kernels: bool,
+    /// Predict times of CUDA targets for this GPU [default: one of the target's]
+    #[arg(long, value_name = "NAME", value_parser = gpu)]
+    gpu: Option<Gpu>,
     /// Print JSON instead of tables.
     #[arg(long)]
     json: bool,
+}
+
+fn gpu(name: &str) -> Result<Gpu, String> {
+    let known: Vec<&str> = GPUS.iter().map(|gpu| gpu.name).collect();
+    Gpu::named(name).ok_or_else(|| format!("known are {}", known.join(", ")))
+}
+
+/// The GPU that times of a target are predicted for: none for a CPU, nor for a GPU that does not run
+/// the target.
+fn predicted_for(target: &Target, asked: Option<Gpu>) -> Option<Gpu> {
+    match asked {
+        Some(gpu) => Some(gpu).filter(|gpu| gpu.target.name() == target.name),
+        None => Gpu::of_target(&target.name),
+    }
 }
 
 /// Runs the command.
@@ -25,14 +42,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let bundle = Bundle::open(&arguments.bundle)?;
     let manifest = bundle.manifest();
     let text = match arguments.json {
-        true => to_json(manifest, arguments.kernels).to_string(),
-        false => to_text(manifest, arguments.kernels)?,
+        true => to_json(manifest, arguments.kernels, arguments.gpu).to_string(),
+        false => to_text(manifest, arguments.kernels, arguments.gpu)?,
     };
     super::print(text.trim_end())
 }
 
-fn to_json(manifest: &Manifest, kernels: bool) -> Value {
+fn to_json(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Value {
     let target = |target: &Target| {
+        let gpu = predicted_for(target, gpu);
         let executable = |executable: &Executable| {
             let program = &target.programs[executable.program as usize];
             let mut value = json!({
@@ -44,6 +62,17 @@ fn to_json(manifest: &Manifest, kernels: bool) -> Value {
                 "weights_bytes_per_step": step_weight_bytes(program, target),
                 "flops_per_token": flops_per_token(program),
             });
+            if let Some(prediction) = gpu.and_then(|gpu| predict(target, executable, &gpu)) {
+                value["launches"] = json!(executable.launches.len());
+                value["predicted"] = json!({
+                    "gpu": gpu.map(|gpu| gpu.name),
+                    "bytes": prediction.bytes,
+                    "flops": prediction.flops,
+                    "floor_us": prediction.floor_us,
+                    "launch_us": prediction.launch_us,
+                    "total_us": prediction.total_us(),
+                });
+            }
             if kernels {
                 value["kernel_specs"] = json!(program.kernels);
             }
@@ -68,7 +97,7 @@ fn to_json(manifest: &Manifest, kernels: bool) -> Value {
     })
 }
 
-fn to_text(manifest: &Manifest, kernels: bool) -> Result<String> {
+fn to_text(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Result<String> {
     let (model, limits) = (&manifest.model, &manifest.limits);
     let mut text = String::new();
     writeln!(
@@ -101,7 +130,10 @@ fn to_text(manifest: &Manifest, kernels: bool) -> Result<String> {
             target.dtype,
             HumanBytes(kv_bytes_per_token(manifest, target))
         )?;
-        let mut table = super::table(&[
+        let gpu = predicted_for(target, gpu);
+        let predicted =
+            gpu.map(|gpu| [format!("{} floor us", gpu.name), "predicted us".to_owned()]);
+        let mut headings = vec![
             "executable",
             "tokens",
             "sequences",
@@ -111,11 +143,13 @@ fn to_text(manifest: &Manifest, kernels: bool) -> Result<String> {
             "arena",
             "weights read",
             "MFLOP/token",
-        ]);
+        ];
+        headings.extend(predicted.iter().flatten().map(String::as_str));
+        let mut table = super::table(&headings);
         for executable in &target.executables {
             let program = &target.programs[executable.program as usize];
             let bounds = &executable.bounds;
-            table.add_row([
+            let mut row = vec![
                 executable.name.clone(),
                 bounds.max_tokens.to_string(),
                 bounds.max_sequences.to_string(),
@@ -125,9 +159,24 @@ fn to_text(manifest: &Manifest, kernels: bool) -> Result<String> {
                 HumanBytes(executable.arena_bytes).to_string(),
                 HumanBytes(step_weight_bytes(program, target)).to_string(),
                 format!("{:.0}", flops_per_token(program) as f64 / 1e6),
-            ]);
+            ];
+            if let Some(prediction) = gpu.and_then(|gpu| predict(target, executable, &gpu)) {
+                row.push(format!("{:.1}", prediction.floor_us));
+                row.push(format!("{:.1}", prediction.total_us()));
+            }
+            table.add_row(row);
         }
         writeln!(text, "{}", table.trim_fmt())?;
+        if let Some(gpu) = gpu {
+            writeln!(
+                text,
+                "\npredicted for a {} of {} GB/s and {} TFLOP/s with {} us a launch, at the bounds; not measured",
+                gpu.name,
+                gpu.gb_per_s,
+                gpu.tflops,
+                gpu.launch_us()
+            )?;
+        }
         if kernels {
             for program in &target.programs {
                 writeln!(text, "\nprogram {}", program.name)?;
@@ -153,8 +202,8 @@ fn step_weight_bytes(program: &Program, target: &Target) -> u64 {
         .iter()
         .filter_map(KernelSpec::linear)
         .map(|linear| {
-            let shape =
-                packing::packed_shape(linear.out_features as usize, linear.in_features as usize);
+            let (n, k) = (linear.out_features as usize, linear.in_features as usize);
+            let shape = target.layout.shape(n, k);
             (shape.iter().product::<usize>() * target.weights.size_bytes()) as u64
         })
         .sum()

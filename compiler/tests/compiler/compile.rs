@@ -354,7 +354,7 @@ fn manifests_that_lie_are_refused() {
         assert!(error.contains(message), "found: {error}\nneeded: {message}");
     };
     refused(
-        "\"format_version\": 1",
+        "\"format_version\": 2",
         "\"format_version\": 2",
         "has bundle format 2 (written by kiln 0.1.0); this kiln reads format 1: use a newer kiln",
     );

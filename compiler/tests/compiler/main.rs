@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod compile;
+mod cuda;
 mod fuse;
 mod interpret;
 mod nvrtc;

@@ -1,11 +1,16 @@
 //! `plan_memory`: no two buffers that live at once share a byte, and memory is reused.
 
-use kiln_bundle::{ALIGN_BYTES, Bounds, KernelSpec, Phase, Program};
+use kiln_bundle::{ALIGN_BYTES, Bounds, DType, KernelSpec, Phase, Program};
 use kiln_compiler::{passes::fuse, plan_memory, specialise};
 use kiln_models::{build, builtin};
 
 fn program(model: &str) -> Program {
-    specialise(&fuse(build(&builtin(model).unwrap())), Phase::Decode).unwrap()
+    specialise(
+        &fuse(build(&builtin(model).unwrap())),
+        Phase::Decode,
+        DType::F32,
+    )
+    .unwrap()
 }
 
 const BOUNDS: Bounds = Bounds {

@@ -1,6 +1,6 @@
 //! `specialise`: a fused graph in, the plan's text out.
 
-use kiln_bundle::{Bounds, Executable, Phase};
+use kiln_bundle::{Bounds, DType, Executable, Phase};
 use kiln_compiler::{KernelPlan, plan_memory, specialise};
 use kiln_ir::Graph;
 
@@ -26,7 +26,7 @@ const FUSED: &str = "graph g {
 #[test]
 fn every_node_becomes_a_kernel_and_every_value_a_buffer() {
     let graph: Graph = FUSED.parse().unwrap();
-    let program = specialise(&graph, Phase::Prefill).unwrap();
+    let program = specialise(&graph, Phase::Prefill, DType::F32).unwrap();
     let bounds = Bounds {
         max_tokens: 32,
         max_sequences: 4,
@@ -48,6 +48,7 @@ fn every_node_becomes_a_kernel_and_every_value_a_buffer() {
     let plan = KernelPlan {
         program: &program,
         executable: &executable,
+        images: &[],
     };
     let expect = "executable prefill-t32 {
   bounds tokens=32 sequences=4 kv_len=8 logit_rows=4
@@ -78,7 +79,7 @@ fn an_operation_without_a_kernel_is_named() {
         "%5 = add %4, %2",
     );
     let graph: Graph = text.parse().unwrap();
-    let error = specialise(&graph, Phase::Decode).unwrap_err();
+    let error = specialise(&graph, Phase::Decode, DType::F32).unwrap_err();
     assert_eq!(
         error.to_string(),
         "%5 is a add, which no kernel computes; fuse left it over"

@@ -16,8 +16,8 @@
 //! Weights are checked against the weight file by the reader, from [`Program::weight_uses`].
 
 use crate::{
-    ALIGN_BYTES, Argument, BufferId, DType, Executable, Image, KernelSpec, Linear, Manifest, Norm, Phase, Program,
-    RowKind, Rows, Target, packing::Layout,
+    ALIGN_BYTES, Argument, BufferId, DType, Executable, Image, KernelSpec, Linear, Manifest, Norm,
+    Phase, Program, RowKind, Rows, Target, packing::Layout,
 };
 use std::collections::BTreeMap;
 
@@ -521,7 +521,11 @@ fn verify_executable(manifest: &Manifest, target: &Target, executable: &Executab
 }
 
 fn verify_image(manifest: &Manifest, image: &Image) -> Check {
-    if image.entry.is_empty() || !image.entry.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    if image.entry.is_empty()
+        || !image
+            .entry
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'_')
     {
         return fail("", format!("entry {:?} is no identifier", image.entry));
     }

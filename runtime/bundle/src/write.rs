@@ -106,12 +106,16 @@ impl BundleWriter {
         })
     }
 
-    /// Writes a whole file of the bundle.
+    /// Writes a whole file of the bundle; `name` may lie in directories of it.
     ///
     /// # Errors
     /// The path or the disk.
     pub fn add_file(&mut self, name: &str, contents: &[u8]) -> Result<(), WriteError> {
-        let mut file = HashedFile::create(self.temporary.path().join(name))?;
+        let path = self.temporary.path().join(name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(io_error("create", parent))?;
+        }
+        let mut file = HashedFile::create(path)?;
         file.write(contents)?;
         self.files.insert(name.to_owned(), file.finish()?);
         Ok(())
