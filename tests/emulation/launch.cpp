@@ -8,10 +8,10 @@ namespace {
 #include KILN_SOURCE
 }
 
-namespace {
+namespace emulation {
 
 template <typename T>
-T load(const emulation::Parameter& parameter) {
+T load(const Parameter& parameter) {
     T value;
     __builtin_memcpy(&value, parameter.bytes, sizeof value);
     return value;
@@ -23,23 +23,23 @@ struct Indices {};
 // The parameter types of the kernel, from its address.
 template <typename... P>
 struct Signature {
-    static bool fits(const emulation::Launch& launch) {
+    static bool fits(const Launch& launch) {
         size_t sizes[] = {sizeof(P)..., 0};
         if (launch.parameter_count != sizeof...(P))
-            return emulation::refuse(launch, "%zu parameters: the kernel has %zu", launch.parameter_count, sizeof...(P));
+            return refuse(launch, "%zu parameters: the kernel has %zu", launch.parameter_count, sizeof...(P));
         for (size_t i = 0; i < sizeof...(P); i++)
             if (launch.parameters[i].size != sizes[i])
-                return emulation::refuse(launch, "parameter %zu has %zu bytes: the kernel's has %zu", i,
+                return refuse(launch, "parameter %zu has %zu bytes: the kernel's has %zu", i,
                                          launch.parameters[i].size, sizes[i]);
         return true;
     }
 
     template <size_t... I>
-    static void call(void (*kernel)(P...), const emulation::Parameter* parameters, Indices<I...>) {
+    static void call(void (*kernel)(P...), const Parameter* parameters, Indices<I...>) {
         kernel(load<P>(parameters[I])...);
     }
 
-    static void call(void (*kernel)(P...), const emulation::Parameter* parameters) {
+    static void call(void (*kernel)(P...), const Parameter* parameters) {
         call(kernel, parameters, Indices<__integer_pack(sizeof...(P))...>{});
     }
 };
@@ -49,14 +49,14 @@ Signature<P...> signature(void (*)(P...)) {
     return {};
 }
 
-void call(const emulation::Parameter* parameters) {
-    decltype(signature(KILN_ENTRY))::call(KILN_ENTRY, parameters);
-}
+using Kernel = decltype(signature(::KILN_ENTRY));
 
-}  // namespace
+static void call(const Parameter* parameters) { Kernel::call(::KILN_ENTRY, parameters); }
+
+}  // namespace emulation
 
 extern "C" __attribute__((visibility("default"))) int kiln_emulate(const emulation::Launch* launch) {
-    return decltype(signature(KILN_ENTRY))::fits(*launch) && emulation::run(*launch, call) ? 0 : 1;
+    return emulation::Kernel::fits(*launch) && emulation::run(*launch, emulation::call) ? 0 : 1;
 }
 
 extern "C" __attribute__((visibility("default"))) void kiln_free_pool(void* pool) { emulation::free_pool(pool); }

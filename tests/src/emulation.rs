@@ -574,7 +574,9 @@ fn runtime_object() -> Result<PathBuf, String> {
             let mut command = compiler();
             command
                 .args(flags)
-                .args(["-O3", "-r", "-nostdlib", "-Wall", "-Wextra", "-Werror"])
+                // Without a thought for floating-point traps loops become vectors.
+                .args(["-O3", "-fno-trapping-math", "-r", "-nostdlib"])
+                .args(["-Wall", "-Wextra", "-Werror"])
                 .args(RUNTIME_SOURCES.map(emulation));
             finish(command, &path)?;
         }

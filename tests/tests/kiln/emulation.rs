@@ -2,6 +2,7 @@
 //! `tests/emulation/kernels`.
 
 use half::{bf16, f16};
+use kiln_bundle::StepPointers;
 use kiln_runtime::device::cuda::{
     BoundLaunch, DeviceAddress, Driver, DriverError, KernelHandle, KernelImage,
 };
@@ -9,7 +10,7 @@ use kiln_tests::{
     emulation::{EmulatedDriver, EmulationOptions, compile_all, rerun_sanitized},
     repository,
 };
-use std::{process::Output, time::Instant};
+use std::{mem::offset_of, process::Output, time::Instant};
 
 /// One of the kernels of this test.
 fn image(source: &str, entry: &str, block_threads: u32, dynamic_smem_bytes: u32) -> KernelImage {
@@ -330,6 +331,24 @@ fn every_block_finds_garbage_in_shared_memory() {
     let image = image("copies.cu", "shared_before", 32, 128);
     launch(&mut driver, &image, 2, &[address(out)]).unwrap();
     assert_eq!(words(&mut driver, out, 128), [u32::MAX; 128]);
+}
+
+#[test]
+fn a_step_is_passed_by_value() {
+    let mut driver = driver(0);
+    let lists = [&[7, 2, 0, 0, 0][..], &[11, 12], &[0, 0]];
+    let [counts, token_ids, chosen] = lists.map(|words| memory(&mut driver, words));
+    let mut step = vec![0; size_of::<StepPointers>()];
+    for (at, list) in [
+        (offset_of!(StepPointers, counts), counts),
+        (offset_of!(StepPointers, token_ids), token_ids),
+        (offset_of!(StepPointers, chosen), chosen),
+    ] {
+        step[at..at + 8].copy_from_slice(&address(list));
+    }
+    let image = image("steps.cu", "step_by_value", 32, 0);
+    launch(&mut driver, &image, 1, &[step, vec![3, 0, 0, 0]]).unwrap();
+    assert_eq!(words(&mut driver, chosen, 2), [11 + 7 + 3, 12 + 7 + 3]);
 }
 
 #[test]
