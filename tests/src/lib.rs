@@ -3,6 +3,8 @@
 
 #![allow(clippy::expect_used, reason = "a helper of tests fails the test")]
 
+pub mod emulation;
+
 use kiln_compiler::{CompileOptions, Model, Silent, compile};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::Value;

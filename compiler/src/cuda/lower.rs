@@ -31,6 +31,8 @@ const FEW_ROWS: u32 = 64;
 const FULL_GRID: u32 = 264;
 /// Weight vectors that a lane has under way: with two blocks of 256 threads a multiprocessor, 64 KiB.
 const WEIGHTS_IN_FLIGHT: u32 = 8;
+/// The same where several tiles of rows take their share of the registers.
+const WEIGHTS_IN_FLIGHT_MANY: u32 = 4;
 /// Alignment of what lies in the workspace.
 const WORKSPACE_ALIGN_BYTES: u64 = 256;
 
@@ -299,10 +301,14 @@ impl FewRows {
             .find(|tiles| n_tiles / tiles >= FULL_GRID && tiles * row_tiles <= 8)
             .unwrap_or(1);
         let segment = k.div_ceil(TILE_K as u32).div_ceil(SEGMENTS);
+        let in_flight = match row_tiles {
+            1 => WEIGHTS_IN_FLIGHT,
+            _ => WEIGHTS_IN_FLIGHT_MANY,
+        };
         FewRows {
             rows,
             tiles,
-            depth: (WEIGHTS_IN_FLIGHT / tiles).min(segment),
+            depth: (in_flight / tiles).min(segment),
             blocks: n_tiles.div_ceil(tiles),
         }
     }

@@ -5,6 +5,7 @@
 mod batch_invariance;
 mod cpu_parity;
 mod documents;
+mod emulation;
 mod generate;
 mod hostile_bundles;
 mod programs;

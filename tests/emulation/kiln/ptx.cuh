@@ -1,0 +1,107 @@
+// The host's definition of what templates/kiln/ptx.cuh has for the device: same names, same
+// contracts. It stands in front of that file on the include path.
+#pragma once
+#include "../cuda.hpp"
+
+#define KILN_DEVICE inline
+#define KILN_KERNEL(threads, blocks_per_sm) extern "C" void
+#define KILN_SHARED static
+
+struct f16 {
+    uint16_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+
+KILN_DEVICE uint8_t* dynamic_shared() { return emulation::dynamic_shared_memory; }
+
+template <typename T>
+KILN_DEVICE uint32_t pack(float low, float high);
+
+template <>
+KILN_DEVICE uint32_t pack<f16>(float low, float high) {
+    return emulation::f16_from(low) | static_cast<uint32_t>(emulation::f16_from(high)) << 16;
+}
+
+template <>
+KILN_DEVICE uint32_t pack<bf16>(float low, float high) {
+    return emulation::bf16_from(low) | static_cast<uint32_t>(emulation::bf16_from(high)) << 16;
+}
+
+template <typename T>
+KILN_DEVICE float unpack(uint16_t bits);
+
+template <>
+KILN_DEVICE float unpack<f16>(uint16_t bits) {
+    return emulation::f32_from_f16(bits);
+}
+
+template <>
+KILN_DEVICE float unpack<bf16>(uint16_t bits) {
+    return emulation::f32_from_bf16(bits);
+}
+
+namespace emulation {
+inline void check_alignment(const void* address, const char* what) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("%s of an address that is no multiple of 16", what);
+}
+}  // namespace emulation
+
+KILN_DEVICE uint4 load_weight(const uint4* address) {
+    emulation::check_alignment(address, "load_weight");
+    return *address;
+}
+
+KILN_DEVICE uint4 load_shared_by_blocks(const uint4* address) {
+    emulation::check_alignment(address, "load_shared_by_blocks");
+    return *address;
+}
+
+KILN_DEVICE float load_shared_by_blocks(const float* address) { return *address; }
+
+KILN_DEVICE void copy_async(void* shared, const void* global, bool exists) {
+    emulation::check_alignment(shared, "copy_async");
+    if (exists) {
+        emulation::check_alignment(global, "copy_async");
+        // The copy itself may come later, and where no sanitizer looks.
+        const volatile uint8_t* bytes = static_cast<const volatile uint8_t*>(global);
+        (void)bytes[0];
+        (void)bytes[15];
+    }
+    emulation::start_copy(shared, global, exists);
+}
+
+KILN_DEVICE void copy_commit() { emulation::commit_copies(); }
+
+template <int Pending>
+KILN_DEVICE void copy_wait() {
+    emulation::wait_for_copies(Pending);
+}
+
+template <typename T>
+KILN_DEVICE void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+KILN_DEVICE void mma<f16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulation::Mma operand = {sum, a, {b0, b1}};
+    emulation::collective(emulation::complete_mma_f16, ~0u, &operand, "mma<f16>", __FILE__, __LINE__);
+}
+
+template <>
+KILN_DEVICE void mma<bf16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulation::Mma operand = {sum, a, {b0, b1}};
+    emulation::collective(emulation::complete_mma_bf16, ~0u, &operand, "mma<bf16>", __FILE__, __LINE__);
+}
+
+// Subnormal numbers are zeros, as for `ex2.approx.ftz`.
+KILN_DEVICE float exp2_fast(float x) {
+    float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+KILN_DEVICE void wait_for_previous() { emulation::waited_for_previous = true; }
+
+KILN_DEVICE void start_next() {}
+
+KILN_DEVICE uint32_t arrive(uint32_t* counter) { return atomicAdd(counter, 1u); }
