@@ -255,6 +255,11 @@ impl Engine {
         self.device.executables()
     }
 
+    /// How fast the device's memory is, in GB/s; none where it cannot be measured.
+    pub fn read_bandwidth(&mut self) -> Option<f64> {
+        self.device.read_bandwidth()
+    }
+
     /// The bundle's tokenizer.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()

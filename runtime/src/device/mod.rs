@@ -10,6 +10,7 @@
 //! behind the host's back ([`Device::pipeline_depth`] above 0) gets the next step before the host
 //! has read the token of the last one.
 
+mod check;
 mod cpu;
 pub mod cuda;
 mod memory;
@@ -44,6 +45,12 @@ pub trait Device: Send {
     /// # Errors
     /// A failure of the device, or an id that is not the oldest one in flight.
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError>;
+
+    /// Measures how fast the device's memory is, in GB/s (10^9 bytes a second): the yardstick of
+    /// everything that is bound by it. None where it cannot be measured.
+    fn read_bandwidth(&mut self) -> Option<f64> {
+        None
+    }
 }
 
 /// What a loaded device offers.
@@ -51,6 +58,8 @@ pub trait Device: Send {
 pub struct DeviceFacts {
     /// For people: what it runs on.
     pub name: String,
+    /// Name of the bundle's target that it runs.
+    pub target: String,
     /// Sequences that may hold a slot at a time.
     pub slots: u32,
     /// Blocks of the KV cache.
@@ -319,15 +328,17 @@ pub enum DeviceError {
         /// The targets of the bundle.
         found: Vec<String>,
     },
-    /// The machine is too small.
+    /// The machine, or its GPU, is too small.
     #[error(
-        "not enough memory: {} needed ({} weights, {} activations, {} KV cache for one sequence of \
+        "not enough memory on {place}: {} needed ({} weights, {} activations, {} KV cache for one sequence of \
          {max_seq_len} positions), {} available. Compile with a smaller --max-seq-len or --weights, \
          or free some memory",
         mib(need.total_bytes()), mib(need.weight_bytes), mib(need.arena_bytes), mib(need.kv_bytes),
         mib(*available_bytes)
     )]
     Memory {
+        /// Where: this machine, or the GPU.
+        place: String,
         /// The least that it takes.
         need: MemoryNeed,
         /// What the system says is free.
