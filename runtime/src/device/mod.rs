@@ -11,14 +11,19 @@
 //! has read the token of the last one.
 
 mod check;
+mod choose;
 mod cpu;
 pub mod cuda;
 mod memory;
 
+pub(crate) use choose::load;
+pub use choose::{DeviceChoice, LoadOptions};
 pub use cpu::{CpuDevice, CpuOptions};
+pub use cuda::{CudaDevice, CudaOptions};
 pub use memory::available_bytes;
 
 use crate::sampler::Draw;
+use cuda::{DriverError, NvidiaGpu};
 use kiln_bundle::{BundleError, Executable};
 use std::ops::Range;
 
@@ -375,9 +380,65 @@ pub enum DeviceError {
         /// What was found.
         problem: String,
     },
+    /// A GPU or its driver.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// There is no such GPU: the user's mistake.
+    #[error("there is no GPU cuda:{ordinal}: this machine has {}", list(found))]
+    NoGpu {
+        /// The one asked for.
+        ordinal: u32,
+        /// Those that there are.
+        found: Vec<NvidiaGpu>,
+    },
+    /// The bundle was compiled for other GPUs: the user's mistake.
+    #[error(
+        "this bundle has no executables for {gpu}; it was compiled for {}. {}",
+        found.join(", "), advice(gpu)
+    )]
+    WrongGpu {
+        /// The GPU.
+        gpu: NvidiaGpu,
+        /// The targets of the bundle.
+        found: Vec<String>,
+    },
+    /// The bundle was compiled for nothing that this machine has: the user's mistake.
+    #[error(
+        "nothing here runs this bundle: it was compiled for {}, and this machine has a cpu and {}. \
+         Compile it with `--target cpu`{}",
+        found.join(", "),
+        gpus.as_ref().map_or_else(|error| format!("no usable GPU ({error})"), |gpus| list(gpus)),
+        gpus.iter().flatten().filter_map(target_for).map(|t| format!(" or `--target {t}`")).next()
+            .unwrap_or_default()
+    )]
+    NoDevice {
+        /// The targets of the bundle.
+        found: Vec<String>,
+        /// The GPUs of the machine, or why they cannot be used.
+        gpus: Result<Vec<NvidiaGpu>, DriverError>,
+    },
     /// A step outside its executable's bounds: the engine's mistake.
     #[error("a step was refused: {0}")]
     Step(String),
+}
+
+fn list(gpus: &[NvidiaGpu]) -> String {
+    if gpus.is_empty() {
+        return "no GPU".to_owned();
+    }
+    let names: Vec<String> = gpus.iter().map(ToString::to_string).collect();
+    names.join(", ")
+}
+
+fn target_for(gpu: &NvidiaGpu) -> Option<&'static str> {
+    cuda::target_to_compile(gpu.compute_capability)
+}
+
+fn advice(gpu: &NvidiaGpu) -> String {
+    match target_for(gpu) {
+        Some(target) => format!("Compile it with `--target {target}`"),
+        None => "kilnc has no target for this GPU; compile with `--target cpu`".to_owned(),
+    }
 }
 
 fn mib(bytes: u64) -> String {

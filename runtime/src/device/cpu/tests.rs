@@ -316,7 +316,11 @@ fn load(path: &Path) -> Engine {
         threads: Some(2),
         kv_cache_bytes: None,
     };
-    Engine::load(&Bundle::open(path).unwrap(), &LoadOptions { cpu }).unwrap()
+    let options = LoadOptions {
+        cpu,
+        ..LoadOptions::default()
+    };
+    Engine::load(&Bundle::open(path).unwrap(), &options).unwrap()
 }
 
 fn run(engine: &mut Engine) -> Vec<Completion> {
