@@ -5,7 +5,7 @@
 //! what text does it add) is decided here; what runs when, in the scheduler.
 
 use crate::device::{
-    CpuDevice, CpuOptions, Device, DeviceError, DeviceFacts, Observe, Step, StepId, StepOutput,
+    self, Device, DeviceError, DeviceFacts, LoadOptions, Observe, Step, StepId, StepOutput,
 };
 use crate::request::{Request, RequestError, Room};
 use crate::scheduler::{NewSequence, Plan, Planned, Scheduler, SequenceId};
@@ -146,13 +146,6 @@ pub enum EngineError {
     },
 }
 
-/// How [`Engine::load`] sets up its device.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LoadOptions {
-    /// The CPU.
-    pub cpu: CpuOptions,
-}
-
 /// Runs requests on a device.
 pub struct Engine {
     device: Box<dyn Device>,
@@ -195,24 +188,25 @@ struct Active {
 }
 
 impl Engine {
-    /// Loads a bundle onto the CPU. Weights are mapped and read as they are used.
+    /// Loads a bundle onto a device.
     ///
     /// # Errors
     /// Any of [`EngineError`] but [`EngineError::NotFinite`].
-    pub fn load(bundle: &Bundle, options: &LoadOptions) -> Result<Engine, EngineError> {
+    pub fn load(bundle: &Bundle, options: &LoadOptions<'_>) -> Result<Engine, EngineError> {
         let path = bundle.tokenizer_path();
         std::thread::scope(|scope| {
-            // Parsing the tokenizer takes longer than all the rest.
+            // On the CPU, whose weights are mapped, parsing the tokenizer takes longer than all the
+            // rest.
             let tokenizer = path
                 .as_deref()
                 .map(|path| scope.spawn(move || Tokenizer::from_file(path)));
-            let device = CpuDevice::load(bundle, &options.cpu)?;
+            let device = device::load(bundle, options)?;
             let tokenizer = match tokenizer.map(|thread| thread.join()) {
                 None => None,
                 Some(Ok(loaded)) => Some(loaded?),
                 Some(Err(panic)) => std::panic::resume_unwind(panic),
             };
-            Engine::new(Box::new(device), bundle.manifest(), tokenizer)
+            Engine::new(device, bundle.manifest(), tokenizer)
         })
     }
 
@@ -253,6 +247,11 @@ impl Engine {
     /// What the device runs.
     pub fn executables(&self) -> &[Executable] {
         self.device.executables()
+    }
+
+    /// How fast the device's memory is, in GB/s; none where it cannot be measured.
+    pub fn read_bandwidth(&mut self) -> Option<f64> {
+        self.device.read_bandwidth()
     }
 
     /// The bundle's tokenizer.

@@ -14,9 +14,10 @@ mod scheduler;
 mod testing;
 mod tokenizer;
 
+pub use device::LoadOptions;
 pub use engine::{
-    Completion, Engine, EngineError, Event, FinishReason, LoadOptions, PhaseStats, RequestId,
-    Stats, Timing, TokenEvent,
+    Completion, Engine, EngineError, Event, FinishReason, PhaseStats, RequestId, Stats, Timing,
+    TokenEvent,
 };
 pub use kv::{BlockPool, blocks_for};
 pub use request::{DEFAULT_MAX_NEW_TOKENS, Prompt, Request, RequestError};

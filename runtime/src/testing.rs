@@ -111,6 +111,7 @@ impl FakeDevice {
         FakeDevice {
             facts: DeviceFacts {
                 name: "fake".to_owned(),
+                target: "fake".to_owned(),
                 slots,
                 kv_blocks,
                 memory: MemoryNeed::default(),

@@ -1,15 +1,15 @@
 //! `kiln bench`: how fast, and how near to what the memory allows.
 //!
 //! Every decode step reads all weights once, whatever the batch, and the keys and values of every
-//! sequence; so the bytes of a step over its time, as a share of the measured read bandwidth, says
-//! how much there is left to gain.
+//! sequence; so the bytes of a step over its time, as a share of the measured bandwidth, says how
+//! much there is left to gain. The bandwidth is the device's own: of reading on the CPU, of copying
+//! (bytes read and bytes written) on a GPU.
 
 use super::{DeviceArgs, Loaded, load, milliseconds};
 use anyhow::{bail, ensure};
 use comfy_table::{Table, presets};
 use indicatif::ProgressBar;
-use kiln_bundle::{BLOCK_TOKENS, DType, Manifest, Phase, Target, packing};
-use kiln_runtime::cpu::{Isa, ThreadPool, physical_cores, read_bandwidth};
+use kiln_bundle::{BLOCK_TOKENS, DType, Manifest, Phase, Target, packing::Layout};
 use kiln_runtime::{Engine, Event, PhaseStats, Prompt, Request};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -17,9 +17,6 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-
-/// Bytes read to measure bandwidth: far more than caches hold.
-const BANDWIDTH_BYTES: usize = 512 << 20;
 
 /// Arguments of `kiln bench`.
 #[derive(clap::Args)]
@@ -59,9 +56,10 @@ struct Report {
     prefill: Rates,
     decode: Rates,
     decode_step: StepBytes,
-    read_bandwidth_gb_per_s: Spread,
-    /// Of the median decode rate in the median read bandwidth.
-    bandwidth_share: f64,
+    /// None where the device cannot measure it.
+    read_bandwidth_gb_per_s: Option<Spread>,
+    /// Of the median decode rate in the median bandwidth.
+    bandwidth_share: Option<f64>,
     memory: Memory,
 }
 
@@ -84,7 +82,10 @@ struct StepBytes {
 #[derive(Serialize)]
 struct Memory {
     peak_resident_bytes: Option<u64>,
-    mapped_weight_bytes: u64,
+    /// On the CPU: weights are read where their file is mapped.
+    mapped_weight_bytes: Option<u64>,
+    /// On a GPU: weights are copied to it.
+    device_weight_bytes: Option<u64>,
     arena_bytes: u64,
     kv_cache_bytes: u64,
 }
@@ -115,7 +116,7 @@ impl Spread {
 struct Run {
     prefill: PhaseStats,
     decode: PhaseStats,
-    bandwidth_gb_per_s: f64,
+    bandwidth_gb_per_s: Option<f64>,
 }
 
 pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
@@ -131,15 +132,10 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         "--batch is {}; this bundle runs {slots} at a time",
         args.batch
     );
-    let Some(target) = manifest.targets.iter().find(|target| target.name == "cpu") else {
-        bail!("the bundle has no cpu target");
+    let name = engine.facts().target.clone();
+    let Some(target) = manifest.targets.iter().find(|target| target.name == name) else {
+        bail!("the bundle has no target {name}");
     };
-    let threads = args
-        .device
-        .threads
-        .map_or_else(|| physical_cores().len(), usize::from);
-    let pool = ThreadPool::new(threads)?;
-    let isa = Isa::detect()?;
 
     let progress = ProgressBar::new(u64::from(args.repeat) + 1);
     run_batch(&mut engine, args)?;
@@ -148,22 +144,25 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let peak_resident_bytes = peak_resident_bytes();
     let mut runs = Vec::new();
     for _ in 0..args.repeat {
-        let bandwidth = read_bandwidth(&pool, isa, BANDWIDTH_BYTES);
+        let bandwidth_gb_per_s = engine.read_bandwidth();
         let before = engine.stats();
         run_batch(&mut engine, args)?;
         let after = engine.stats();
         runs.push(Run {
             prefill: since(before.prefill, after.prefill),
             decode: since(before.decode, after.decode),
-            bandwidth_gb_per_s: bandwidth.median,
+            bandwidth_gb_per_s,
         });
         progress.inc(1);
     }
     progress.finish_and_clear();
 
+    let weight_bytes = engine.facts().memory.weight_bytes;
+    let mapped = target.layout == Layout::Panels;
     let memory = Memory {
         peak_resident_bytes,
-        mapped_weight_bytes: engine.facts().memory.weight_bytes,
+        mapped_weight_bytes: mapped.then_some(weight_bytes),
+        device_weight_bytes: (!mapped).then_some(weight_bytes),
         arena_bytes: engine.facts().memory.arena_bytes,
         kv_cache_bytes: engine.facts().memory.kv_bytes,
     };
@@ -238,7 +237,8 @@ fn report(
         runs.iter()
             .map(|run| (weight_bytes + step_kv_bytes(run)) as f64 / step_seconds(run) / 1e9),
     );
-    let bandwidth = Spread::of(runs.iter().map(|run| run.bandwidth_gb_per_s));
+    let bandwidth: Option<Vec<f64>> = runs.iter().map(|run| run.bandwidth_gb_per_s).collect();
+    let bandwidth = bandwidth.map(Spread::of);
     Report {
         model: manifest.model.name.clone(),
         device: facts.name.clone(),
@@ -257,7 +257,7 @@ fn report(
             gb_per_s,
         },
         read_bandwidth_gb_per_s: bandwidth,
-        bandwidth_share: gb_per_s.median / bandwidth.median,
+        bandwidth_share: bandwidth.map(|bandwidth| gb_per_s.median / bandwidth.median),
         memory,
     }
 }
@@ -276,8 +276,8 @@ fn decode_weight_bytes(target: &Target) -> u64 {
         .flat_map(|program| &program.kernels)
         .filter_map(|k| k.linear())
     {
-        let shape =
-            packing::packed_shape(linear.out_features as usize, linear.in_features as usize);
+        let (n, k) = (linear.out_features as usize, linear.in_features as usize);
+        let shape = target.layout.shape(n, k);
         let elements: usize = shape.iter().product();
         tensors.insert(&linear.weight, elements * target.weights.size_bytes());
         if let Some(bias) = &linear.bias {
@@ -337,19 +337,26 @@ fn table(report: &Report) -> Table {
         ),
     );
     row("decode GB/s", spread(&step.gb_per_s));
-    row(
-        "read bandwidth GB/s",
-        spread(&report.read_bandwidth_gb_per_s),
-    );
-    row("share", format!("{:.0} %", 100.0 * report.bandwidth_share));
+    let mapped = report.memory.mapped_weight_bytes;
+    if let Some(bandwidth) = &report.read_bandwidth_gb_per_s {
+        let name = match mapped {
+            Some(_) => "read bandwidth GB/s",
+            None => "copy bandwidth GB/s (read + write)",
+        };
+        row(name, spread(bandwidth));
+    }
+    if let Some(share) = report.bandwidth_share {
+        row("share", format!("{:.0} %", 100.0 * share));
+    }
     if let Some(bytes) = report.memory.peak_resident_bytes {
         row("peak resident", mib(bytes));
     }
     row(
         "memory",
         format!(
-            "{} weights (mapped), {} activations, {} KV cache",
-            mib(report.memory.mapped_weight_bytes),
+            "{} weights{}, {} activations, {} KV cache",
+            mib(mapped.or(report.memory.device_weight_bytes).unwrap_or(0)),
+            if mapped.is_some() { " (mapped)" } else { "" },
             mib(report.memory.arena_bytes),
             mib(report.memory.kv_cache_bytes)
         ),

@@ -11,10 +11,10 @@ mod settings;
 mod verify;
 
 use anyhow::Context;
-use clap::{Subcommand, ValueEnum};
-use indicatif::ProgressBar;
+use clap::Subcommand;
+use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::Bundle;
-use kiln_runtime::device::CpuOptions;
+use kiln_runtime::device::{CpuOptions, CudaOptions, DeviceChoice};
 use kiln_runtime::{Engine, LoadOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -42,22 +42,32 @@ enum Command {
 /// Where a bundle runs.
 #[derive(clap::Args)]
 struct DeviceArgs {
-    /// Device to run on
-    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
-    device: DeviceKind,
+    /// Device to run on: cpu, cuda or cuda:N for a GPU (N counts from 0), or auto: a GPU that the
+    /// bundle was compiled for, else the CPU
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    device: DeviceChoice,
     /// Threads of the CPU device [default: one for each physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Size of the KV cache in MiB [default: a full batch of full sequences, at most half of the
-    /// memory that is left]
+    /// memory that is left, or nine tenths of a GPU's]
     #[arg(long, value_name = "N")]
     kv_cache_mb: Option<u32>,
+    /// Launches a GPU's kernels one by one: slower than replaying recorded graphs, with the same
+    /// results
+    #[arg(long)]
+    no_graphs: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceKind {
-    /// The processor
-    Cpu,
+fn device(text: &str) -> Result<DeviceChoice, String> {
+    let number = |ordinal: &str| ordinal.parse().ok().map(DeviceChoice::Cuda);
+    match text {
+        "auto" => Some(DeviceChoice::Auto),
+        "cpu" => Some(DeviceChoice::Cpu),
+        "cuda" => Some(DeviceChoice::Cuda(0)),
+        _ => text.strip_prefix("cuda:").and_then(number),
+    }
+    .ok_or_else(|| "it must be auto, cpu, cuda or cuda:N".to_owned())
 }
 
 /// Runs the command and reports its error.
@@ -104,12 +114,29 @@ fn load(path: &Path, args: &DeviceArgs) -> anyhow::Result<Loaded> {
     let spinner = ProgressBar::new_spinner().with_message(format!("loading {}", path.display()));
     spinner.enable_steady_tick(Duration::from_millis(250));
     let bundle = Bundle::open(path)?;
-    let DeviceKind::Cpu = args.device;
-    let cpu = CpuOptions {
-        threads: args.threads.map(usize::from),
-        kv_cache_bytes: args.kv_cache_mb.map(|mib| u64::from(mib) << 20),
+    let kv_cache_bytes = args.kv_cache_mb.map(|mib| u64::from(mib) << 20);
+    let bar = ProgressStyle::with_template("copying weights {bar:40} {bytes}/{total_bytes} {eta}")?;
+    let copied = |done, total| {
+        if spinner.length().is_none() {
+            spinner.set_style(bar.clone());
+            spinner.set_length(total);
+        }
+        spinner.set_position(done);
     };
-    let engine = Engine::load(&bundle, &LoadOptions { cpu })
+    let options = LoadOptions {
+        device: args.device,
+        cpu: CpuOptions {
+            threads: args.threads.map(usize::from),
+            kv_cache_bytes,
+        },
+        cuda: CudaOptions {
+            kv_cache_bytes,
+            graphs: !args.no_graphs,
+            ..CudaOptions::default()
+        },
+        progress: Some(&copied),
+    };
+    let engine = Engine::load(&bundle, &options)
         .with_context(|| format!("cannot load {}", path.display()))?;
     spinner.finish_and_clear();
     Ok(Loaded {
@@ -142,6 +169,17 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn devices_are_spelled() {
+        assert_eq!(device("auto"), Ok(DeviceChoice::Auto));
+        assert_eq!(device("cpu"), Ok(DeviceChoice::Cpu));
+        assert_eq!(device("cuda"), Ok(DeviceChoice::Cuda(0)));
+        assert_eq!(device("cuda:3"), Ok(DeviceChoice::Cuda(3)));
+        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
+            assert!(device(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

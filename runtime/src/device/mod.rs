@@ -10,14 +10,20 @@
 //! behind the host's back ([`Device::pipeline_depth`] above 0) gets the next step before the host
 //! has read the token of the last one.
 
+mod check;
+mod choose;
 mod cpu;
 pub mod cuda;
 mod memory;
 
+pub(crate) use choose::load;
+pub use choose::{DeviceChoice, LoadOptions};
 pub use cpu::{CpuDevice, CpuOptions};
+pub use cuda::{CudaDevice, CudaOptions};
 pub use memory::available_bytes;
 
 use crate::sampler::Draw;
+use cuda::{DriverError, NvidiaGpu};
 use kiln_bundle::{BundleError, Executable};
 use std::ops::Range;
 
@@ -44,6 +50,12 @@ pub trait Device: Send {
     /// # Errors
     /// A failure of the device, or an id that is not the oldest one in flight.
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError>;
+
+    /// Measures how fast the device's memory is, in GB/s (10^9 bytes a second): the yardstick of
+    /// everything that is bound by it. None where it cannot be measured.
+    fn read_bandwidth(&mut self) -> Option<f64> {
+        None
+    }
 }
 
 /// What a loaded device offers.
@@ -51,6 +63,8 @@ pub trait Device: Send {
 pub struct DeviceFacts {
     /// For people: what it runs on.
     pub name: String,
+    /// Name of the bundle's target that it runs.
+    pub target: String,
     /// Sequences that may hold a slot at a time.
     pub slots: u32,
     /// Blocks of the KV cache.
@@ -319,15 +333,17 @@ pub enum DeviceError {
         /// The targets of the bundle.
         found: Vec<String>,
     },
-    /// The machine is too small.
+    /// The machine, or its GPU, is too small.
     #[error(
-        "not enough memory: {} needed ({} weights, {} activations, {} KV cache for one sequence of \
+        "not enough memory on {place}: {} needed ({} weights, {} activations, {} KV cache for one sequence of \
          {max_seq_len} positions), {} available. Compile with a smaller --max-seq-len or --weights, \
          or free some memory",
         mib(need.total_bytes()), mib(need.weight_bytes), mib(need.arena_bytes), mib(need.kv_bytes),
         mib(*available_bytes)
     )]
     Memory {
+        /// Where: this machine, or the GPU.
+        place: String,
         /// The least that it takes.
         need: MemoryNeed,
         /// What the system says is free.
@@ -364,9 +380,65 @@ pub enum DeviceError {
         /// What was found.
         problem: String,
     },
+    /// A GPU or its driver.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// There is no such GPU: the user's mistake.
+    #[error("there is no GPU cuda:{ordinal}: this machine has {}", list(found))]
+    NoGpu {
+        /// The one asked for.
+        ordinal: u32,
+        /// Those that there are.
+        found: Vec<NvidiaGpu>,
+    },
+    /// The bundle was compiled for other GPUs: the user's mistake.
+    #[error(
+        "this bundle has no executables for {gpu}; it was compiled for {}. {}",
+        found.join(", "), advice(gpu)
+    )]
+    WrongGpu {
+        /// The GPU.
+        gpu: NvidiaGpu,
+        /// The targets of the bundle.
+        found: Vec<String>,
+    },
+    /// The bundle was compiled for nothing that this machine has: the user's mistake.
+    #[error(
+        "nothing here runs this bundle: it was compiled for {}, and this machine has a cpu and {}. \
+         Compile it with `--target cpu`{}",
+        found.join(", "),
+        gpus.as_ref().map_or_else(|error| format!("no usable GPU ({error})"), |gpus| list(gpus)),
+        gpus.iter().flatten().filter_map(target_for).map(|t| format!(" or `--target {t}`")).next()
+            .unwrap_or_default()
+    )]
+    NoDevice {
+        /// The targets of the bundle.
+        found: Vec<String>,
+        /// The GPUs of the machine, or why they cannot be used.
+        gpus: Result<Vec<NvidiaGpu>, DriverError>,
+    },
     /// A step outside its executable's bounds: the engine's mistake.
     #[error("a step was refused: {0}")]
     Step(String),
+}
+
+fn list(gpus: &[NvidiaGpu]) -> String {
+    if gpus.is_empty() {
+        return "no GPU".to_owned();
+    }
+    let names: Vec<String> = gpus.iter().map(ToString::to_string).collect();
+    names.join(", ")
+}
+
+fn target_for(gpu: &NvidiaGpu) -> Option<&'static str> {
+    cuda::target_to_compile(gpu.compute_capability)
+}
+
+fn advice(gpu: &NvidiaGpu) -> String {
+    match target_for(gpu) {
+        Some(target) => format!("Compile it with `--target {target}`"),
+        None => "kilnc has no target for this GPU; compile with `--target cpu`".to_owned(),
+    }
 }
 
 fn mib(bytes: u64) -> String {

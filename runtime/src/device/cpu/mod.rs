@@ -8,12 +8,10 @@ mod kv_memory;
 #[cfg(test)]
 mod tests;
 
-use super::{
-    Device, DeviceError, DeviceFacts, LogitRows, MemoryNeed, Step, StepId, StepOutput, Tokens,
-    available_bytes,
-};
-use crate::cpu::{Cpu, Isa, ThreadPool, physical_cores};
-use crate::kv::blocks_for;
+use super::check::{Ground, check_step};
+use super::memory::{Room, available_bytes, plan_memory};
+use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput};
+use crate::cpu::{Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
 use crate::sampler::Sampler;
 use execute::{Batch, Weights};
 use kiln_bundle::{ALIGN_BYTES, Bundle, DType, Executable, KernelSpec, Manifest, Target};
@@ -27,6 +25,8 @@ const TARGET: &str = "cpu";
 /// The part of the memory left beside weights and activations that the KV cache takes at most,
 /// unless a size is asked for.
 const KV_CACHE_SHARE: f64 = 0.5;
+/// Bytes read to measure bandwidth: far more than caches hold.
+const BANDWIDTH_BYTES: usize = 512 << 20;
 
 /// How the CPU device is set up.
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,13 +76,17 @@ impl CpuDevice {
         weights.check(target)?;
 
         let available = available_bytes();
-        let (kv_blocks, memory) = plan_memory(
-            manifest,
-            target,
-            weights.bytes(),
-            available,
-            options.kv_cache_bytes,
-        )?;
+        let arena_bytes = target.executables.iter().map(|e| e.arena_bytes).max();
+        let room = Room {
+            place: "this machine",
+            weight_bytes: weights.bytes(),
+            arena_bytes: arena_bytes.unwrap_or(0),
+            block_bytes: KvMemory::block_bytes(&manifest.model, target.dtype),
+            available_bytes: available,
+            kv_share: KV_CACHE_SHARE,
+            asked_bytes: options.kv_cache_bytes,
+        };
+        let (kv_blocks, memory) = plan_memory(&manifest.limits, &room)?;
         let threads = options.threads.unwrap_or_else(|| physical_cores().len());
         let pool = ThreadPool::new(threads).map_err(|source| DeviceError::Refused {
             what: format!("{threads} threads"),
@@ -105,6 +109,7 @@ impl CpuDevice {
         Ok(CpuDevice {
             facts: DeviceFacts {
                 name,
+                target: TARGET.to_owned(),
                 slots,
                 kv_blocks,
                 memory,
@@ -133,51 +138,6 @@ impl CpuDevice {
     pub fn threads(&self) -> usize {
         self.cpu.pool().threads()
     }
-
-    /// Whether the step keeps to what kernels take for granted.
-    fn check(&self, step: &Step) -> Result<&Executable, DeviceError> {
-        let refuse = |problem: String| Err(DeviceError::Step(problem));
-        let Some(executable) = self.target.executables.get(step.executable) else {
-            return refuse(format!("executable {} does not exist", step.executable));
-        };
-        let extent = step.extent();
-        if !extent.fits(&executable.bounds) {
-            return refuse(format!(
-                "{extent:?} exceeds {}: {:?}",
-                executable.name, executable.bounds
-            ));
-        }
-        for sequence in step.sequences() {
-            let slot = sequence.slot;
-            let Some(sampled) = self.last_sampled.get(slot as usize) else {
-                return refuse(format!("slot {slot} does not exist"));
-            };
-            let vocab_size = self.manifest.model.vocab_size;
-            match sequence.tokens {
-                Tokens::Ids([]) => return refuse(format!("slot {slot} gets no tokens")),
-                Tokens::Ids(ids) if ids.iter().any(|&id| id >= vocab_size) => {
-                    return refuse(format!("slot {slot} gets an id outside the vocabulary"));
-                }
-                Tokens::LastSampled if sampled.is_none() => {
-                    return refuse(format!("slot {slot} has sampled no token"));
-                }
-                Tokens::Ids(_) | Tokens::LastSampled => {}
-            }
-            let needed = blocks_for(sequence.past_len as usize + sequence.tokens.len());
-            if sequence.block_table.len() < needed
-                || sequence
-                    .block_table
-                    .iter()
-                    .any(|&block| block >= self.facts.kv_blocks)
-            {
-                return refuse(format!("slot {slot} has no sound table of {needed} blocks"));
-            }
-            if sequence.draw.is_some() && sequence.logit_rows == LogitRows::None {
-                return refuse(format!("slot {slot} draws from no row"));
-            }
-        }
-        Ok(executable)
-    }
 }
 
 impl Device for CpuDevice {
@@ -194,7 +154,14 @@ impl Device for CpuDevice {
     }
 
     fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
-        self.check(step)?;
+        let ground = Ground {
+            executables: &self.target.executables,
+            facts: &self.facts,
+            vocab_size: self.manifest.model.vocab_size,
+        };
+        check_step(step, &ground, |slot| {
+            self.last_sampled[slot as usize].is_some()
+        })?;
         self.batch.fill(step, &self.last_sampled);
         let output = self.execute(step)?;
         let id = StepId(self.next_step);
@@ -210,6 +177,12 @@ impl Device for CpuDevice {
                 "{id:?} is not the oldest step in flight"
             ))),
         }
+    }
+
+    /// Of reading alone, with the threads and vectors of the kernels.
+    fn read_bandwidth(&mut self) -> Option<f64> {
+        let bandwidth = read_bandwidth(self.cpu.pool(), self.cpu.isa(), BANDWIDTH_BYTES);
+        Some(bandwidth.median)
     }
 }
 
@@ -244,67 +217,6 @@ fn check_plan(target: &Target) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// Blocks of the KV cache, and what all the memory comes to.
-fn plan_memory(
-    manifest: &Manifest,
-    target: &Target,
-    weight_bytes: u64,
-    available: Option<u64>,
-    asked_bytes: Option<u64>,
-) -> Result<(u32, MemoryNeed), DeviceError> {
-    let max_seq_len = manifest.limits.max_seq_len;
-    let block_bytes = KvMemory::block_bytes(&manifest.model, target.dtype);
-    let sequence_blocks = blocks_for(max_seq_len as usize) as u64;
-    let full_blocks = sequence_blocks.saturating_mul(u64::from(manifest.limits.max_batch));
-    let sequence_bytes = sequence_blocks.saturating_mul(block_bytes);
-    let arena_bytes = target
-        .executables
-        .iter()
-        .map(|executable| executable.arena_bytes)
-        .max()
-        .unwrap_or(0);
-    let least = MemoryNeed {
-        weight_bytes,
-        arena_bytes,
-        kv_bytes: sequence_bytes,
-    };
-    let enough = |need: MemoryNeed| match available {
-        Some(available_bytes) if need.total_bytes() > available_bytes => Err(DeviceError::Memory {
-            need,
-            available_bytes,
-            max_seq_len,
-        }),
-        _ => Ok(need),
-    };
-    enough(least)?;
-    let blocks = match asked_bytes {
-        Some(asked) if asked < sequence_bytes => {
-            return Err(DeviceError::KvCacheTooSmall {
-                asked_bytes: asked,
-                needed_bytes: sequence_bytes,
-                max_seq_len,
-            });
-        }
-        Some(asked) => asked / block_bytes,
-        None => {
-            let left = available.map_or(u64::MAX, |available| {
-                available
-                    .saturating_sub(weight_bytes)
-                    .saturating_sub(arena_bytes)
-            });
-            let share = (left as f64 * KV_CACHE_SHARE) as u64;
-            full_blocks.min(share / block_bytes).max(sequence_blocks)
-        }
-    };
-    // A block's positions are numbered by u32 slots.
-    let blocks = blocks.min(u64::from(u32::MAX) / kiln_bundle::BLOCK_TOKENS as u64);
-    let need = enough(MemoryNeed {
-        kv_bytes: blocks.saturating_mul(block_bytes),
-        ..least
-    })?;
-    Ok((blocks as u32, need))
 }
 
 /// Zeroed memory that is not taken before it is touched.

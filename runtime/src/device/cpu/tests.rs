@@ -1,7 +1,7 @@
-//! The CPU device against a one-layer model computed plainly in f64, and its plan of memory.
+//! The CPU device against a one-layer model computed plainly in f64.
 
 use super::*;
-use crate::device::Observe;
+use crate::device::{LogitRows, Observe, Tokens};
 use crate::testing::manifest as fake_manifest;
 use crate::{Completion, Engine, Event, LoadOptions, Prompt, Request};
 use kiln_bundle::{
@@ -316,7 +316,11 @@ fn load(path: &Path) -> Engine {
         threads: Some(2),
         kv_cache_bytes: None,
     };
-    Engine::load(&Bundle::open(path).unwrap(), &LoadOptions { cpu }).unwrap()
+    let options = LoadOptions {
+        cpu,
+        ..LoadOptions::default()
+    };
+    Engine::load(&Bundle::open(path).unwrap(), &options).unwrap()
 }
 
 fn run(engine: &mut Engine) -> Vec<Completion> {
@@ -497,39 +501,4 @@ fn steps_outside_the_plan_are_refused() {
         0,
         "no sound table",
     );
-}
-
-const MIB: u64 = 1 << 20;
-
-/// Blocks and needs for a model of 64-byte KV rows with the target's arena of 1 MiB.
-fn plan(available: Option<u64>, asked: Option<u64>) -> Result<(u32, MemoryNeed), DeviceError> {
-    let mut manifest = fake_manifest(256, 4, 64);
-    let target = manifest.targets.remove(0);
-    plan_memory(&manifest, &target, 10 * MIB, available, asked)
-}
-
-#[test]
-fn the_cache_holds_a_full_batch_where_memory_allows() {
-    let (blocks, need) = plan(None, None).unwrap();
-    assert_eq!(u64::from(blocks), 4 * blocks_for(64) as u64);
-    assert_eq!(need.kv_bytes % u64::from(blocks), 0);
-    let (roomy, _) = plan(Some(1 << 40), None).unwrap();
-    assert_eq!(roomy, blocks);
-    let sequence_bytes = need.kv_bytes / 4;
-    let tight = 10 * MIB + need.arena_bytes + 5 * sequence_bytes;
-    assert_eq!(plan(Some(tight), None).unwrap().0, 10);
-    let tighter = 10 * MIB + need.arena_bytes + sequence_bytes;
-    assert_eq!(plan(Some(tighter), None).unwrap().0, 4);
-}
-
-#[test]
-fn too_little_memory_is_told_in_figures() {
-    let error = plan(Some(10 * MIB), None).unwrap_err().to_string();
-    assert!(error.contains("not enough memory"), "{error}");
-    assert!(
-        error.contains("10.0 MiB weights") && error.contains("10.0 MiB available"),
-        "{error}"
-    );
-    let error = plan(None, Some(1)).unwrap_err().to_string();
-    assert!(error.contains("one sequence of 64 positions"), "{error}");
 }

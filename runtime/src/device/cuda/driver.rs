@@ -83,6 +83,17 @@ pub struct DriverError {
     pub problem: String,
 }
 
+impl DriverError {
+    /// The same error at `place`, where the driver could name none.
+    #[must_use]
+    pub fn at(mut self, place: impl FnOnce() -> String) -> DriverError {
+        if self.place.is_empty() {
+            self.place = place();
+        }
+        self
+    }
+}
+
 fn at(place: &str) -> String {
     if place.is_empty() {
         String::new()
@@ -145,6 +156,15 @@ pub trait Driver: Send {
     /// # Errors
     /// A failure of the device.
     fn wait(&mut self, ticket: Ticket) -> Result<Vec<u8>, DriverError>;
+
+    /// Measures how fast the device's memory is copied, in GB/s (10^9 bytes a second), bytes read
+    /// and bytes written together. None where there is nothing to measure it by.
+    ///
+    /// # Errors
+    /// As [`Driver::upload`], and too little memory for the copy.
+    fn copy_bandwidth(&mut self) -> Result<Option<f64>, DriverError> {
+        Ok(None)
+    }
 }
 
 /// A download in flight.

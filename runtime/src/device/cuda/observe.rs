@@ -1,0 +1,181 @@
+//! What a step lets the host see besides its tokens: logits and hidden states.
+//!
+//! Such a step runs its launches one by one, since buffers share memory and a hidden state is gone
+//! when a later kernel has run. The host applies the norms that are still to be applied.
+
+use super::{CudaDevice, Driver};
+use crate::device::{DeviceError, Observe, StepOutput};
+use kiln_bundle::{BufferId, DType, Executable, Norm, StepCounts, Tap, WeightFile};
+
+/// Rows are fetched in pieces of this size, which bounds the pinned memory that they take.
+const FETCH_BYTES: usize = 8 << 20;
+
+impl<D: Driver> CudaDevice<D> {
+    /// Runs a step whose lists are on the device, and waits for what is to be seen of it. Nothing
+    /// else is in flight.
+    pub(super) fn run_observed(
+        &mut self,
+        index: usize,
+        counts: &StepCounts,
+        observe: Observe,
+    ) -> Result<StepOutput, DeviceError> {
+        let mut output = StepOutput::default();
+        let kernels: Vec<u32> = self.target.executables[index]
+            .launches
+            .iter()
+            .map(|launch| launch.kernel)
+            .collect();
+        let program = self.target.executables[index].program as usize;
+        let taps = match observe.hidden_states {
+            true => self.target.programs[program].hidden_states.clone(),
+            false => Vec::new(),
+        };
+        let mut states = vec![Vec::new(); taps.len()];
+        for (position, _) in kernels.iter().enumerate() {
+            self.driver.launch(&self.chains[index].launches[position])?;
+            // Up to the next launch, kernels that have none of their own are done as well.
+            let next = kernels.get(position + 1).copied().unwrap_or(u32::MAX);
+            for (tap, state) in taps.iter().zip(&mut states) {
+                if (kernels[position]..next).contains(&tap.after_kernel) {
+                    *state = self.fetch_hidden(index, tap, counts)?;
+                }
+            }
+        }
+        output.hidden_states = states.concat();
+        if observe.logits {
+            let logits = self.target.programs[program].logits;
+            output.logits = self.fetch_rows(index, logits, counts.logit_rows)?;
+        }
+        let chosen = self.fetch(
+            self.addresses.chosen,
+            counts.draws as usize * size_of::<u32>(),
+        );
+        let chosen = chosen.map_err(|error| self.at(index, "tokens", error))?;
+        output.tokens = super::tokens(&chosen, counts.draws);
+        Ok(output)
+    }
+
+    /// A hidden state, (T, C).
+    fn fetch_hidden(
+        &mut self,
+        index: usize,
+        tap: &Tap,
+        counts: &StepCounts,
+    ) -> Result<Vec<f32>, DeviceError> {
+        let mut rows = self.fetch_rows(index, tap.buffer, counts.tokens)?;
+        if let Some(norm) = &tap.norm {
+            let weight = self.vector(norm.weight.as_deref())?;
+            let bias = self.vector(norm.bias.as_deref())?;
+            for row in rows.chunks_exact_mut(self.model.hidden_size as usize) {
+                normalise(row, weight, bias, norm);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// The first rows of a buffer, as f32.
+    fn fetch_rows(
+        &mut self,
+        index: usize,
+        id: BufferId,
+        rows: u32,
+    ) -> Result<Vec<f32>, DeviceError> {
+        let executable: &Executable = &self.target.executables[index];
+        let buffer = &self.target.programs[executable.program as usize].buffers[id.0 as usize];
+        let from = executable.offsets_bytes[id.0 as usize];
+        let dtype = buffer.dtype;
+        let bytes = rows as usize * buffer.width as usize * dtype.size_bytes();
+        let fetched = self.fetch(self.addresses.arena.offset(from), bytes);
+        let fetched = fetched.map_err(|error| self.at(index, &id.to_string(), error))?;
+        Ok(to_f32(&fetched, dtype))
+    }
+
+    fn fetch(
+        &mut self,
+        from: super::DeviceAddress,
+        bytes: usize,
+    ) -> Result<Vec<u8>, super::DriverError> {
+        let mut fetched = Vec::with_capacity(bytes);
+        while fetched.len() < bytes {
+            let piece = FETCH_BYTES.min(bytes - fetched.len());
+            let ticket = self
+                .driver
+                .download(from.offset(fetched.len() as u64), piece)?;
+            fetched.extend(self.driver.wait(ticket)?);
+        }
+        Ok(fetched)
+    }
+
+    fn vector(&self, name: Option<&str>) -> Result<Option<&[f32]>, DeviceError> {
+        name.map(|name| {
+            vector(&self.weights, name).ok_or_else(|| DeviceError::Plan {
+                target: self.target.name.clone(),
+                problem: format!("vector {name:?} is missing or not f32"),
+            })
+        })
+        .transpose()
+    }
+}
+
+fn vector<'a>(weights: &'a WeightFile, name: &str) -> Option<&'a [f32]> {
+    let tensor = weights.tensor(name)?;
+    let data = (tensor.dtype == DType::F32).then_some(tensor.data)?;
+    bytemuck::try_cast_slice(data).ok()
+}
+
+/// `(x - mean) / sqrt(var + eps) * weight + bias` over a row.
+fn normalise(row: &mut [f32], weight: Option<&[f32]>, bias: Option<&[f32]>, norm: &Norm) {
+    let len = row.len() as f32;
+    let mean = row.iter().sum::<f32>() / len;
+    let variance = row.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / len;
+    let scale = 1.0 / (variance + norm.eps).sqrt();
+    for (i, x) in row.iter_mut().enumerate() {
+        let weight = weight.map_or(1.0, |weight| weight[i]);
+        let bias = bias.map_or(0.0, |bias| bias[i]);
+        *x = (*x - mean) * scale * weight + bias;
+    }
+}
+
+/// Little-endian elements as f32.
+fn to_f32(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    let words = bytes.as_chunks::<4>().0.iter();
+    let halves = bytes.as_chunks::<2>().0.iter();
+    match dtype {
+        DType::F32 => words.map(|&word| f32::from_le_bytes(word)).collect(),
+        DType::F16 => halves
+            .map(|&half| half::f16::from_le_bytes(half).to_f32())
+            .collect(),
+        DType::Bf16 => halves
+            .map(|&half| half::bf16::from_le_bytes(half).to_f32())
+            .collect(),
+        // A sound manifest has no such buffer.
+        DType::I32 => words.map(|&word| i32::from_le_bytes(word) as f32).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn elements_become_f32() {
+        assert_eq!(to_f32(&[0, 0, 0x80, 0x3f], DType::F32), [1.0]);
+        assert_eq!(to_f32(&[0, 0x3c, 0, 0xc0], DType::F16), [1.0, -2.0]);
+        assert_eq!(to_f32(&[0x80, 0x3f, 0, 0xc0], DType::Bf16), [1.0, -2.0]);
+    }
+
+    #[test]
+    fn a_row_is_normalised() {
+        let norm = Norm {
+            weight: None,
+            bias: None,
+            eps: 0.0,
+        };
+        let mut row = [1.0, 3.0];
+        normalise(&mut row, None, None, &norm);
+        assert_eq!(row, [-1.0, 1.0]);
+        let mut row = [1.0, 3.0];
+        normalise(&mut row, Some(&[2.0, 3.0]), Some(&[0.5, 0.0]), &norm);
+        assert_eq!(row, [-1.5, 3.0]);
+    }
+}

@@ -1,0 +1,433 @@
+//! The CUDA device over a driver that keeps the device's memory on the host.
+
+mod bundle;
+mod driver;
+
+use super::*;
+use crate::device::{LogitRows, SequenceStep, Tokens};
+use crate::sampler::{Draw, DrawParams};
+use crate::{Engine, Event, Prompt, Request};
+use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
+use driver::{Call, FakeDriver, long};
+use kiln_bundle::Phase;
+
+const MIB: u64 = 1 << 20;
+
+struct Rig {
+    _dir: tempfile::TempDir,
+    bundle: Bundle,
+    driver: FakeDriver,
+}
+
+impl Rig {
+    fn new(free_bytes: u64) -> Rig {
+        Rig::changed(free_bytes, |_| {})
+    }
+
+    fn changed(free_bytes: u64, change: impl FnOnce(&mut Target)) -> Rig {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = write_bundle(&dir.path().join("tiny.kiln"), change);
+        Rig {
+            _dir: dir,
+            bundle,
+            driver: FakeDriver::new(free_bytes),
+        }
+    }
+
+    fn load(&self, options: &CudaOptions) -> Result<CudaDevice<FakeDriver>, DeviceError> {
+        let target = &self.bundle.manifest().targets[0];
+        CudaDevice::load(
+            &self.bundle,
+            target,
+            self.driver.clone(),
+            options,
+            &mut |done, total| assert!(done <= total),
+        )
+    }
+
+    fn device(&self) -> CudaDevice<FakeDriver> {
+        self.load(&CudaOptions::default()).unwrap()
+    }
+}
+
+const GREEDY: Draw<'_> = Draw {
+    params: DrawParams::GREEDY,
+    index: 0,
+    suppressed_ids: &[],
+};
+
+fn sequence<'a>(slot: u32, tokens: Tokens<'a>, table: &'a [u32]) -> SequenceStep<'a> {
+    SequenceStep {
+        slot,
+        tokens,
+        past_len: 0,
+        block_table: table,
+        logit_rows: LogitRows::Last,
+        draw: Some(GREEDY),
+    }
+}
+
+fn decode_index(device: &impl Device) -> usize {
+    let mut executables = device.executables().iter();
+    executables.position(|e| e.phase == Phase::Decode).unwrap()
+}
+
+#[test]
+fn too_little_memory_is_refused_before_anything_is_allocated() {
+    let rig = Rig::new(1000);
+    let error = rig.load(&CudaOptions::default()).err().unwrap().to_string();
+    assert!(
+        error.contains("not enough memory on cuda:0 (Fake GPU, sm_90a)"),
+        "{error}"
+    );
+    assert!(
+        error.contains("needed") && error.contains("available"),
+        "{error}"
+    );
+    assert_eq!(rig.driver.calls(), []);
+
+    let small = CudaOptions {
+        kv_cache_bytes: Some(1),
+        ..CudaOptions::default()
+    };
+    let error = Rig::new(100 * MIB).load(&small).err().unwrap().to_string();
+    assert!(error.contains("KV cache"), "{error}");
+}
+
+#[test]
+fn the_cache_is_as_large_as_asked_or_as_a_full_batch() {
+    let rig = Rig::new(100 * MIB);
+    let device = rig.device();
+    let facts = device.facts();
+    let block_bytes = u64::from(LAYERS) * LAYER_BYTES;
+    assert_eq!(facts.kv_blocks, 4 * MAX_SEQ_LEN / 16);
+    assert_eq!(
+        facts.memory.kv_bytes,
+        u64::from(facts.kv_blocks) * block_bytes
+    );
+    assert_eq!((facts.slots, device.pipeline_depth()), (4, 1));
+    assert_eq!(facts.name, "cuda:0 (Fake GPU, sm_90a)");
+    let allocated: u64 = rig
+        .driver
+        .calls()
+        .iter()
+        .map(|call| match call {
+            Call::Allocate(bytes) => *bytes,
+            _ => 0,
+        })
+        .sum();
+    assert_eq!(allocated, facts.memory.total_bytes());
+
+    let asked = CudaOptions {
+        kv_cache_bytes: Some(9 * block_bytes + 1),
+        ..CudaOptions::default()
+    };
+    assert_eq!(rig.load(&asked).unwrap().facts().kv_blocks, 9);
+}
+
+#[test]
+fn other_targets_are_refused() {
+    let layout = Rig::changed(100 * MIB, |target| {
+        // The smallest of changes that leaves a sound manifest.
+        target.images.clear();
+        target
+            .executables
+            .iter_mut()
+            .for_each(|e| e.launches.clear());
+    });
+    let error = layout.load(&CudaOptions::default()).err().unwrap();
+    let error = error.to_string();
+    assert!(
+        error.contains("`sm_90a`") && error.contains("launches nothing"),
+        "{error}"
+    );
+}
+
+#[test]
+fn arguments_are_addresses() {
+    let rig = Rig::new(100 * MIB);
+    let device = rig.device();
+    let loads = rig.driver.calls();
+    let loads = loads.iter().filter(|call| matches!(call, Call::Load(_)));
+    assert_eq!(loads.count(), IMAGES.len(), "each image once");
+
+    let addresses = device.addresses;
+    let executable = &device.target.executables[1];
+    let launches = &device.chains[1].launches;
+    assert_eq!(launches.len(), 6);
+    assert_eq!(
+        launches[0].place,
+        format!("{}, kernel 0 (embed)", executable.name)
+    );
+    assert_eq!(launches[3].grid, [5, 2, 3]);
+
+    // The step, whole.
+    assert_eq!(launches[0].parameters[0].len(), 88);
+    let step = |index| long(&launches[0].parameters[0], index);
+    assert_eq!(step(0), addresses.step.0);
+    assert_eq!(step(9), addresses.last_sampled.0);
+    assert_eq!(step(10), addresses.chosen.0);
+
+    // Tensors, where their bytes were copied to, apart from each other.
+    let tokens = long(&launches[0].parameters[1], 0);
+    let qkv = long(&launches[0].parameters[2], 0);
+    let norm = long(&launches[5].parameters[1], 0);
+    assert_eq!(long(&launches[5].parameters[2], 0), tokens);
+    for address in [tokens, qkv, norm] {
+        assert_eq!(address % 256, 0);
+    }
+    let mut state = rig.driver.state();
+    assert_eq!(state.at(tokens, 5 * 8 * 32 * 2), [6; 5 * 8 * 32 * 2]);
+    assert_eq!(state.at(qkv, 12 * 8 * 32 * 2), [3; 12 * 8 * 32 * 2]);
+    assert_eq!(state.words(norm, C as usize), [2f32.to_bits(); C as usize]);
+
+    // Buffers, layers, workspace and counters.
+    let offsets = &executable.offsets_bytes;
+    let arena = |id: usize| addresses.arena.0 + offsets[id];
+    assert_eq!(long(&launches[0].parameters[3], 0), arena(0));
+    assert_eq!(long(&launches[4].parameters[1], 0), arena(4));
+    let layer = |launch: usize| long(&launches[launch].parameters[1], 0);
+    assert_eq!(layer(1), addresses.kv_cache.0);
+    assert_eq!(layer(3), addresses.kv_cache.0 + LAYER_BYTES);
+    let workspace = long(&launches[1].parameters[2], 0);
+    assert_eq!(workspace, addresses.workspace.0 + 64);
+    assert_eq!(long(&launches[1].parameters[3], 0), addresses.counters.0);
+}
+
+#[test]
+fn steps_upload_their_lists_and_feed_what_slots_hold() {
+    let rig = Rig::new(100 * MIB);
+    let mut device = rig.device();
+    rig.driver.calls();
+    let decode = decode_index(&device);
+
+    let mut step = Step::default();
+    step.push(&sequence(3, Tokens::Ids(&[7, 8, 9]), &[5]));
+    step.push(&SequenceStep {
+        draw: None,
+        logit_rows: LogitRows::None,
+        ..sequence(1, Tokens::Ids(&[20]), &[2])
+    });
+    let first = device.submit(&step).unwrap();
+    let calls = rig.driver.calls();
+    let (step_at, chosen_at) = (device.addresses.step.0, device.addresses.chosen.0);
+    assert!(
+        matches!(
+            calls[..],
+            [
+                Call::Upload(at, _),
+                Call::Record(6),
+                Call::Replay(0),
+                Call::Download(chosen, 4)
+            ] if at == step_at && chosen == chosen_at
+        ),
+        "{calls:?}"
+    );
+    assert_eq!(rig.driver.state().words(step_at, 5), [4, 2, 1, 2, 1]);
+
+    let mut step = Step {
+        executable: decode,
+        ..Step::default()
+    };
+    step.push(&SequenceStep {
+        past_len: 3,
+        ..sequence(3, Tokens::LastSampled, &[5])
+    });
+    let second = device.submit(&step).unwrap();
+    let third = device.submit(&step).unwrap();
+    let calls = rig.driver.calls();
+    let [Call::Upload(_, bytes), Call::Record(6), Call::Replay(1), _] = calls[..4] else {
+        panic!("{calls:?}")
+    };
+    assert!(bytes < 256, "a decode step uploads {bytes} bytes");
+    // The graph of the second is replayed.
+    assert!(matches!(calls[5], Call::Replay(1)), "{calls:?}");
+
+    let error = device.collect(second).unwrap_err().to_string();
+    assert!(error.contains("not the oldest"), "{error}");
+    assert_eq!(device.collect(first).unwrap().tokens, [Some(10)]);
+    assert_eq!(device.collect(second).unwrap().tokens, [Some(11)]);
+    assert_eq!(device.collect(third).unwrap().tokens, [Some(12)]);
+
+    // Nothing was ever chosen for this slot.
+    let mut step = Step {
+        executable: decode,
+        ..Step::default()
+    };
+    step.push(&sequence(1, Tokens::LastSampled, &[2]));
+    let error = device.submit(&step).unwrap_err().to_string();
+    assert!(error.contains("slot 1 has sampled no token"), "{error}");
+}
+
+#[test]
+fn tokens_that_could_not_be_chosen_are_none() {
+    let chosen = [1u32.to_le_bytes(), NO_TOKEN.to_le_bytes(), [9; 4]].concat();
+    assert_eq!(tokens(&chosen, 2), [Some(1), None]);
+}
+
+#[test]
+fn without_graphs_each_kernel_is_launched() {
+    let rig = Rig::new(100 * MIB);
+    let options = CudaOptions {
+        graphs: false,
+        ..CudaOptions::default()
+    };
+    let mut device = rig.load(&options).unwrap();
+    rig.driver.calls();
+    let mut step = Step::default();
+    step.push(&sequence(0, Tokens::Ids(&[4]), &[0]));
+    let id = device.submit(&step).unwrap();
+    let calls = rig.driver.calls();
+    let launched = calls.iter().filter(|c| matches!(c, Call::Launch(_)));
+    assert_eq!(launched.count(), 6);
+    assert_eq!(device.collect(id).unwrap().tokens, [Some(5)]);
+}
+
+fn requests(observe: Observe) -> Vec<Request> {
+    let request = |(len, first): (u32, u32)| {
+        let mut request = Request::new(Prompt::Ids((first..first + len).collect()));
+        request.max_new_tokens = Some(5);
+        request.ignore_eos = true;
+        request.observe = observe;
+        request
+    };
+    [(3, 10), (21, 1)].into_iter().map(request).collect()
+}
+
+fn engine(rig: &Rig) -> Engine {
+    Engine::new(Box::new(rig.device()), rig.bundle.manifest(), None).unwrap()
+}
+
+#[test]
+fn the_next_step_is_enqueued_before_a_token_is_read() {
+    let rig = Rig::new(100 * MIB);
+    let mut engine = engine(&rig);
+    rig.driver.calls();
+    engine
+        .submit(requests(Observe::default()).remove(0))
+        .unwrap();
+    let mut ids = Vec::new();
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            if let Event::Finished(completion) = event {
+                ids = completion.ids;
+            }
+        }
+    }
+    assert_eq!(ids, [13, 14, 15, 16, 17]);
+    let order: Vec<_> = rig
+        .driver
+        .calls()
+        .into_iter()
+        .filter(|call| matches!(call, Call::Replay(_) | Call::Wait(_)))
+        .collect();
+    let (prefill, decode) = (Call::Replay(0), Call::Replay(1));
+    let expect = [
+        prefill,
+        decode.clone(),
+        Call::Wait(1),
+        decode.clone(),
+        Call::Wait(2),
+        decode.clone(),
+        Call::Wait(3),
+        decode,
+        Call::Wait(4),
+        Call::Wait(5),
+    ];
+    assert_eq!(order, expect);
+}
+
+#[test]
+fn observed_rows_are_fetched_between_launches() {
+    let rig = Rig::new(100 * MIB);
+    let mut engine = engine(&rig);
+    rig.driver.calls();
+    let both = Observe {
+        logits: true,
+        hidden_states: true,
+    };
+    for request in requests(both) {
+        engine.submit(request).unwrap();
+    }
+    // One that observes nothing, so that steps of both kinds are in flight together.
+    engine
+        .submit(requests(Observe::default()).remove(0))
+        .unwrap();
+    let mut seen = 0;
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            let Event::Finished(done) = event else {
+                continue;
+            };
+            seen += 1;
+            let first = done.prompt_ids[0];
+            let all = [done.prompt_ids.as_slice(), &done.ids].concat();
+            let counted: Vec<u32> = (first..).take(all.len()).collect();
+            assert_eq!(all, counted);
+            if done.logits.is_empty() {
+                continue;
+            }
+            let positions = all.len();
+            for (row, &id) in done.logits.chunks_exact(V as usize).zip(&all) {
+                let ones: Vec<usize> = (0..V as usize).filter(|&v| row[v] == 1.0).collect();
+                assert_eq!(ones, [((id + 1) % V) as usize]);
+            }
+            assert_eq!(done.logits.len(), positions * V as usize);
+            let rows: Vec<&[f32]> = done.hidden_states.chunks_exact(C as usize).collect();
+            assert_eq!(rows.len(), (LAYERS as usize + 1) * positions);
+            for position in 0..positions {
+                let c = || (0..C as usize).map(|c| c as f32);
+                let embedded: Vec<f32> = c().map(|c| position as f32 + c).collect();
+                assert_eq!(rows[position], embedded);
+                let layer: Vec<f32> = c().map(|c| position as f32 * c).collect();
+                assert_eq!(rows[positions + position], layer);
+                // The last one is normalised, scaled by 2 and shifted by 0.5.
+                let mean = rows[2 * positions + position].iter().sum::<f32>() / C as f32;
+                assert!((mean - 0.5).abs() < 1e-4, "{mean}");
+                if position > 0 {
+                    let high = rows[2 * positions + position][C as usize - 1];
+                    assert!((high - (0.5 + 2.0 * 1.678_96)).abs() < 1e-3, "{high}");
+                }
+            }
+        }
+    }
+    assert_eq!(seen, 3);
+}
+
+#[test]
+fn failures_name_call_and_place() {
+    let cases = [
+        ("upload", "prefill-8, its lists"),
+        ("replay", "prefill-8, its launches"),
+        ("download", "prefill-8, its tokens"),
+        ("wait", "prefill-8, waiting for its tokens"),
+    ];
+    for (broken, place) in cases {
+        let rig = Rig::new(100 * MIB);
+        let mut device = rig.device();
+        rig.driver.state().broken = Some(broken);
+        let mut step = Step::default();
+        step.push(&sequence(0, Tokens::Ids(&[4]), &[0]));
+        // A device that has failed keeps failing, and neither hangs nor panics.
+        for _ in 0..3 {
+            let result = device.submit(&step).and_then(|id| device.collect(id));
+            let error = result.unwrap_err().to_string();
+            assert_eq!(
+                error,
+                format!("{broken} failed ({place}): CUDA_ERROR_ILLEGAL_ADDRESS")
+            );
+        }
+        // Such a step replays nothing.
+        step.observe.hidden_states = true;
+        assert_eq!(device.submit(&step).is_err(), broken != "replay");
+    }
+
+    let failing_load = |broken| {
+        let rig = Rig::new(100 * MIB);
+        rig.driver.state().broken = Some(broken);
+        rig.load(&CudaOptions::default()).err().unwrap().to_string()
+    };
+    assert!(failing_load("load").contains("(embed)"));
+    assert!(failing_load("upload").contains("(tensor tokens)"));
+    assert!(failing_load("allocate").contains("bytes for weights)"));
+}
