@@ -95,7 +95,8 @@ impl Model {
         })
     }
 
-    fn dummy(config: ModelConfig, seed: u64, tokenizer_dir: Option<PathBuf>) -> Model {
+    /// A configuration with random weights.
+    pub fn dummy(config: ModelConfig, seed: u64, tokenizer_dir: Option<PathBuf>) -> Model {
         let checkpoint = Box::new(DummyCheckpoint::new(&config, seed));
         Model {
             config,

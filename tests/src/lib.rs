@@ -3,6 +3,7 @@
 
 #![allow(clippy::expect_used, reason = "a helper of tests fails the test")]
 
+pub mod conformance;
 pub mod emulation;
 
 use kiln_compiler::{CompileOptions, Model, Silent, compile};

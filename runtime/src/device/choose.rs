@@ -35,10 +35,7 @@ pub struct LoadOptions<'a> {
 ///
 /// # Errors
 /// Any of [`DeviceError`] but [`DeviceError::Step`].
-pub(crate) fn load(
-    bundle: &Bundle,
-    options: &LoadOptions<'_>,
-) -> Result<Box<dyn Device>, DeviceError> {
+pub fn load(bundle: &Bundle, options: &LoadOptions<'_>) -> Result<Box<dyn Device>, DeviceError> {
     let targets = &bundle.manifest().targets;
     let chosen = match options.device {
         DeviceChoice::Cpu => None,

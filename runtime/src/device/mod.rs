@@ -16,8 +16,7 @@ mod cpu;
 pub mod cuda;
 mod memory;
 
-pub(crate) use choose::load;
-pub use choose::{DeviceChoice, LoadOptions};
+pub use choose::{DeviceChoice, LoadOptions, load};
 pub use cpu::{CpuDevice, CpuOptions};
 pub use cuda::{CudaDevice, CudaOptions};
 pub use memory::available_bytes;

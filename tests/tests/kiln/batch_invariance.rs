@@ -30,7 +30,7 @@ fn bundle(prefill_buckets: Vec<u32>, decode_batch: Vec<u32>, dtype: DType) -> Te
     let options = CompileOptions {
         prefill_buckets,
         decode_batch,
-        dtype,
+        dtype: Some(dtype),
         max_batch: 8,
         ..CompileOptions::default()
     };

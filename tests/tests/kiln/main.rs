@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod batch_invariance;
+mod conformance;
 mod cpu_parity;
 mod documents;
 mod emulation;

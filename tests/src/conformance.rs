@@ -1,0 +1,469 @@
+//! The conformance suite: what every device has to do, whatever it is made of.
+//!
+//! [`accuracy`] gives a device and the CPU the same steps and compares logits, hidden states and chosen
+//! tokens: every head size, ragged prompts of odd lengths, chunks with a past, batches of 1 to 9, KV
+//! lengths up to beyond one bucket, block tables out of order. [`invariance`] asks a device alone for
+//! the same rows in different company and compares bytes.
+
+use kiln_bundle::{Bundle, DType, Phase};
+use kiln_compiler::{CompileError, CompileOptions, Model, Progress, Silent, TargetChoice, compile};
+use kiln_models::{ModelConfig, builtin};
+use kiln_runtime::{
+    Draw, DrawParams, Sampler, blocks_for,
+    device::{Device, DeviceError, LogitRows, Observe, SequenceStep, Step, StepOutput, Tokens},
+};
+use std::path::Path;
+
+/// A small model that stands for a family of shapes.
+pub struct Subject {
+    /// For reports.
+    pub name: &'static str,
+    /// Its shape.
+    pub config: ModelConfig,
+}
+
+/// Positions of every subject.
+const MAX_SEQ_LEN: u32 = 640;
+/// Sequences in a step.
+const MAX_BATCH: u32 = 9;
+
+/// The subjects: head sizes of 64, 80 and 128, OPT with norms before and behind the blocks, GPT-2.
+pub fn subjects() -> Vec<Subject> {
+    let subject = |name, model: &str, heads: usize, head_dim: usize| {
+        let config = builtin(model)?;
+        let hidden_size = heads * head_dim;
+        // opt-350m embeds in half of its width.
+        let embed_size = hidden_size * config.embed_size / config.hidden_size;
+        Some(Subject {
+            name,
+            config: ModelConfig {
+                vocab_size: 301,
+                hidden_size,
+                embed_size,
+                layers: 2,
+                heads,
+                ffn_size: 2 * hidden_size,
+                max_positions: MAX_SEQ_LEN as usize,
+                attention_scale: 1.0 / (head_dim as f32).sqrt(),
+                bos_token_id: None,
+                eos_token_ids: vec![],
+                pad_token_id: None,
+                ..config
+            },
+        })
+    };
+    [
+        subject("opt-d64", "opt-125m", 3, 64),
+        subject("opt-d80", "opt-2.7b", 2, 80),
+        subject("opt-d128", "opt-6.7b", 2, 128),
+        subject("opt-post-d64", "opt-350m", 2, 64),
+        subject("gpt2-d64", "gpt2", 3, 64),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+impl Subject {
+    /// Compiles it with random weights.
+    ///
+    /// # Errors
+    /// [`CompileError`].
+    pub fn compile(
+        &self,
+        output: &Path,
+        dtype: DType,
+        targets: Vec<TargetChoice>,
+        emit_only: bool,
+    ) -> Result<(), CompileError> {
+        let options = CompileOptions {
+            model_name: self.name.to_owned(),
+            targets,
+            dtype: Some(dtype),
+            weights: Some(dtype),
+            emit_only,
+            max_batch: MAX_BATCH,
+            max_seq_len: Some(MAX_SEQ_LEN),
+            prefill_buckets: vec![16, 64, 128, 512],
+            decode_batch: vec![1, 4, 8],
+            decode_kv: vec![256],
+            ..CompileOptions::default()
+        };
+        let model = Model::dummy(self.config.clone(), 1, None);
+        compile(model, output, &options, &Silent as &dyn Progress).map(drop)
+    }
+}
+
+/// The outcome of a case.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Which case.
+    pub case: String,
+    /// Whether the device did what it has to.
+    pub passed: bool,
+    /// The figures.
+    pub detail: String,
+}
+
+/// Largest deviation from the CPU that passes, as a share of the largest value. The CPU computes in
+/// f32 with the same weights and KV cache type; a GPU rounds what its layers hand on.
+pub const fn tolerance(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 | DType::I32 => 1e-4,
+        DType::F16 => 4e-3,
+        DType::Bf16 => 3e-2,
+    }
+}
+
+/// A sequence as steps are made for it.
+#[derive(Clone)]
+struct Sequence {
+    slot: u32,
+    ids: Vec<u32>,
+    past: usize,
+    block_table: Vec<u32>,
+}
+
+/// What a sequence does in a step.
+struct Part {
+    sequence: usize,
+    tokens: usize,
+    rows: LogitRows,
+    draw: Option<(DrawParams, Vec<u32>)>,
+}
+
+/// Sequences, and the blocks that are left for more.
+struct World {
+    vocab_size: u32,
+    kv_blocks: u32,
+    taken: u32,
+    sequences: Vec<Sequence>,
+}
+
+impl World {
+    fn new(device: &dyn Device, vocab_size: u32) -> World {
+        World {
+            vocab_size,
+            kv_blocks: device.facts().kv_blocks,
+            taken: 0,
+            sequences: vec![],
+        }
+    }
+
+    /// Adds a sequence that will grow to `len`; `like` fixes its tokens.
+    fn add(&mut self, len: usize, like: u32) -> usize {
+        let slot = self.sequences.len() as u32 % MAX_BATCH;
+        let ids = (0..len as u32).map(|i| (i * i * 31 + i * 7 + like * 53 + 5) % self.vocab_size);
+        // Blocks in an order that jumps about: 7 has no factor in common with most sizes, and where
+        // it has, the walk still never takes a block twice within a table's length.
+        let stride = if self.kv_blocks.is_multiple_of(7) {
+            11
+        } else {
+            7
+        };
+        let blocks = blocks_for(len) as u32;
+        let block_table = (self.taken..self.taken + blocks)
+            .map(|block| block * stride % self.kv_blocks)
+            .collect();
+        self.taken += blocks;
+        self.sequences.push(Sequence {
+            slot,
+            ids: ids.collect(),
+            past: 0,
+            block_table,
+        });
+        self.sequences.len() - 1
+    }
+
+    /// Makes a step of these parts; the sequences move on.
+    fn step(&mut self, device: &dyn Device, phase: Phase, parts: &[Part]) -> Step {
+        let mut step = Step::default();
+        for part in parts {
+            let sequence = &mut self.sequences[part.sequence];
+            let end = sequence.past + part.tokens;
+            step.push(&SequenceStep {
+                slot: sequence.slot,
+                tokens: Tokens::Ids(&sequence.ids[sequence.past..end]),
+                past_len: sequence.past as u32,
+                block_table: &sequence.block_table[..blocks_for(end)],
+                logit_rows: part.rows,
+                draw: part.draw.as_ref().map(|(params, suppressed_ids)| Draw {
+                    params: *params,
+                    index: end as u32,
+                    suppressed_ids,
+                }),
+            });
+            sequence.past = end;
+        }
+        step.observe = Observe {
+            logits: true,
+            hidden_states: true,
+        };
+        let extent = step.extent();
+        let fits = |e: &&kiln_bundle::Executable| e.phase == phase && extent.fits(&e.bounds);
+        let smallest = device
+            .executables()
+            .iter()
+            .enumerate()
+            .filter(|(_, e)| fits(e))
+            .min_by_key(|(_, e)| (e.bounds.max_tokens, e.bounds.max_kv_len));
+        step.executable = smallest.map_or(usize::MAX, |(index, _)| index);
+        step
+    }
+}
+
+fn run(device: &mut dyn Device, step: &Step) -> Result<StepOutput, DeviceError> {
+    let id = device.submit(step)?;
+    device.collect(id)
+}
+
+fn part(sequence: usize, tokens: usize, rows: LogitRows) -> Part {
+    Part {
+        sequence,
+        tokens,
+        rows,
+        draw: None,
+    }
+}
+
+/// Largest difference, as a share of the largest expected value.
+fn deviation(found: &[f32], expected: &[f32]) -> f32 {
+    if found.len() == expected.len() {
+        crate::deviation(found, expected)
+    } else {
+        f32::INFINITY
+    }
+}
+
+/// Ways to choose a token, one a step in turn.
+fn draws() -> Vec<(DrawParams, Vec<u32>)> {
+    let free = DrawParams {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        seed: 0x1234_5678_9abc_def0,
+    };
+    vec![
+        (DrawParams::GREEDY, vec![]),
+        (DrawParams::GREEDY, vec![3, 250, 7]),
+        (free, vec![]),
+        (
+            DrawParams {
+                temperature: 0.7,
+                top_k: 20,
+                ..free
+            },
+            vec![1],
+        ),
+        (DrawParams { top_p: 0.8, ..free }, vec![]),
+        (DrawParams { min_p: 0.4, ..free }, vec![]),
+        (
+            DrawParams {
+                temperature: 1.7,
+                top_k: 50,
+                top_p: 0.5,
+                min_p: 0.01,
+                seed: 7,
+            },
+            vec![2, 9],
+        ),
+        (DrawParams { top_k: 1, ..free }, vec![]),
+    ]
+}
+
+/// Holds a device against the CPU, step by step.
+///
+/// # Errors
+/// A device that cannot run a step.
+pub fn accuracy(
+    reference: &mut dyn Device,
+    device: &mut dyn Device,
+    bundle: &Bundle,
+    dtype: DType,
+) -> Result<Vec<Outcome>, DeviceError> {
+    let vocab_size = bundle.manifest().model.vocab_size;
+    let mut world = World::new(device, vocab_size);
+    let lens = [1, 13, 17, 33, 201, 300, 5, 64, 63];
+    let sequences: Vec<usize> = (0..)
+        .zip(lens)
+        .map(|(i, len)| world.add(len + 12, i))
+        .collect();
+    let all = |s: usize| part(sequences[s], lens[s], LogitRows::All);
+    let chunk = |tokens, rows| vec![part(sequences[4], tokens, rows)];
+    let mut script: Vec<(String, Phase, Vec<Part>)> = vec![
+        ("prefill of one token".into(), Phase::Prefill, vec![all(0)]),
+        (
+            "prefill of 13, 17 and 33 tokens".into(),
+            Phase::Prefill,
+            vec![all(1), all(2), all(3)],
+        ),
+        (
+            "first chunk of 100".into(),
+            Phase::Prefill,
+            chunk(100, LogitRows::Last),
+        ),
+        (
+            "next chunk of 30".into(),
+            Phase::Prefill,
+            chunk(30, LogitRows::All),
+        ),
+        (
+            "next chunk of 1".into(),
+            Phase::Prefill,
+            chunk(1, LogitRows::None),
+        ),
+        (
+            "last chunk of 70".into(),
+            Phase::Prefill,
+            chunk(70, LogitRows::Last),
+        ),
+        (
+            "prefill of 300 and 5 tokens".into(),
+            Phase::Prefill,
+            vec![part(sequences[5], 300, LogitRows::Last), all(6)],
+        ),
+        (
+            "prefill of 64 and 63 tokens".into(),
+            Phase::Prefill,
+            vec![
+                part(sequences[7], 64, LogitRows::Last),
+                part(sequences[8], 63, LogitRows::All),
+            ],
+        ),
+    ];
+    // Longer ones join as the batch grows, so that every KV bucket is met.
+    let order = [0, 1, 6, 3, 8, 7, 4, 2, 5];
+    let draws = draws();
+    for batch in 1..=order.len() {
+        let parts = order[..batch].iter().enumerate().map(|(at, &s)| Part {
+            draw: Some(draws[(batch + at) % draws.len()].clone()),
+            ..part(sequences[s], 1, LogitRows::Last)
+        });
+        script.push((format!("decode of {batch}"), Phase::Decode, parts.collect()));
+    }
+    let mut outcomes = vec![];
+    let mut sampler = Sampler::default();
+    for (case, phase, parts) in &script {
+        let step = world.step(device, *phase, parts);
+        let expected = run(reference, &step)?;
+        let found = run(device, &step)?;
+        let logits = deviation(&found.logits, &expected.logits);
+        let hidden = deviation(&found.hidden_states, &expected.hidden_states);
+        // The choice is judged by the device's own logits.
+        let mut rows = found.logits.chunks_exact(vocab_size as usize);
+        let chosen: Vec<Option<u32>> = step
+            .sequences()
+            .filter_map(|sequence| {
+                let count = sequence.logit_rows.count(sequence.tokens.len());
+                let row = count.checked_sub(1).and_then(|last| rows.nth(last));
+                sequence.draw.map(|draw| sampler.sample(row?, &draw))
+            })
+            .collect();
+        let tokens = chosen == found.tokens;
+        let most = tolerance(dtype);
+        outcomes.push(Outcome {
+            case: case.clone(),
+            passed: logits <= most && hidden <= most && tokens,
+            detail: if tokens {
+                format!(
+                    "logits deviate by {logits:.1e}, hidden states by {hidden:.1e} of {most:.0e}"
+                )
+            } else {
+                format!(
+                    "chose {:?} where its logits ask for {chosen:?}",
+                    found.tokens
+                )
+            },
+        });
+    }
+    Ok(outcomes)
+}
+
+/// Asks a device for the same rows in different company.
+///
+/// # Errors
+/// A device that cannot run a step.
+pub fn invariance(device: &mut dyn Device, bundle: &Bundle) -> Result<Vec<Outcome>, DeviceError> {
+    let vocab_size = bundle.manifest().model.vocab_size;
+    let mut outcomes = vec![];
+    let mut same = |case: &str, rows: [&[f32]; 2]| {
+        let bytes = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+        let passed = !rows[0].is_empty() && bytes(rows[0]) == bytes(rows[1]);
+        outcomes.push(Outcome {
+            case: case.to_owned(),
+            passed,
+            detail: if passed {
+                format!("{} values, equal bytes", rows[0].len())
+            } else {
+                format!("they deviate by {:.1e}", deviation(rows[0], rows[1]))
+            },
+        });
+    };
+    let lens = [7, 20, 33];
+
+    // Together in one step, then each alone, in other slots and blocks.
+    let mut world = World::new(device, vocab_size);
+    let together: Vec<usize> = (0..)
+        .zip(lens)
+        .map(|(i, len)| world.add(len + 4, i))
+        .collect();
+    let parts: Vec<Part> = together
+        .iter()
+        .zip(lens)
+        .map(|(&s, len)| part(s, len, LogitRows::Last))
+        .collect();
+    let step = world.step(device, Phase::Prefill, &parts);
+    let prefilled = run(device, &step)?;
+    let parts: Vec<Part> = together
+        .iter()
+        .map(|&s| part(s, 1, LogitRows::Last))
+        .collect();
+    let step = world.step(device, Phase::Decode, &parts);
+    let decoded = run(device, &step)?;
+    let v = vocab_size as usize;
+    for (i, len) in lens.into_iter().enumerate().rev() {
+        let alone = world.add(len + 4, i as u32);
+        let step = world.step(device, Phase::Prefill, &[part(alone, len, LogitRows::Last)]);
+        let output = run(device, &step)?;
+        let case = format!("prompt of {len}: alone and with others");
+        same(&case, [&output.logits, &prefilled.logits[i * v..][..v]]);
+        let step = world.step(device, Phase::Decode, &[part(alone, 1, LogitRows::Last)]);
+        let output = run(device, &step)?;
+        let case = format!("decode after {len}: alone and with others");
+        same(&case, [&output.logits, &decoded.logits[i * v..][..v]]);
+    }
+
+    // One prompt whole, and in chunks that go through other buckets.
+    let whole = world.add(110, 9);
+    let step = world.step(device, Phase::Prefill, &[part(whole, 101, LogitRows::Last)]);
+    let expected = run(device, &step)?;
+    let pieces = world.add(110, 9);
+    let mut last = StepOutput::default();
+    for tokens in [7, 64, 29, 1] {
+        let step = world.step(
+            device,
+            Phase::Prefill,
+            &[part(pieces, tokens, LogitRows::Last)],
+        );
+        last = run(device, &step)?;
+    }
+    same(
+        "a prompt of 101: whole and in chunks",
+        [&last.logits, &expected.logits],
+    );
+
+    // The next tokens decoded, and as a chunk of a prompt.
+    let mut decoded = vec![];
+    for _ in 0..5 {
+        let step = world.step(device, Phase::Decode, &[part(whole, 1, LogitRows::Last)]);
+        decoded.extend(run(device, &step)?.logits);
+    }
+    let step = world.step(device, Phase::Prefill, &[part(pieces, 5, LogitRows::All)]);
+    let chunk = run(device, &step)?;
+    same(
+        "five tokens: decoded and prefilled",
+        [&decoded, &chunk.logits],
+    );
+    Ok(outcomes)
+}
