@@ -229,6 +229,23 @@ fn a_bundle_for_another_target_names_what_it_has() {
 }
 
 #[test]
+fn a_gpu_that_is_not_there_is_an_error() {
+    let bundle = tiny();
+    let path = bundle.path().to_string_lossy().into_owned();
+    let flags = ["generate", &path, "--prompt-ids", "2", "--device"];
+    let run_on = |device| run("kiln", &[&flags[..], &[device]].concat());
+    // With a driver or without one.
+    let message = failure(&run_on("cuda:99"), 1);
+    assert!(
+        message.contains("NVIDIA driver") || message.contains("there is no GPU cuda:99"),
+        "{message}"
+    );
+    let message = failure(&run_on("gpu"), 2);
+    assert!(message.contains("auto, cpu, cuda or cuda:N"), "{message}");
+    assert!(run_on("auto").status.success());
+}
+
+#[test]
 fn bench_measures_each_phase() {
     let bundle = tiny();
     let path = bundle.path().to_string_lossy().into_owned();
