@@ -10,7 +10,6 @@ typedef unsigned long long uint64_t;
 
 #define KILN_DEVICE __device__ __forceinline__
 #define KILN_KERNEL(threads, blocks_per_sm) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
-#define KILN_SHARED __shared__
 
 // 16-bit element types: bits alone, converted to and from f32.
 struct f16 {

@@ -13,6 +13,7 @@
 #define __device__
 #define __host__
 #define __global__
+#define __shared__ static
 #define __constant__
 #define __forceinline__ inline
 #define __grid_constant__

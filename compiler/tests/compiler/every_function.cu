@@ -5,7 +5,7 @@
 template <typename T>
 KILN_DEVICE void everything(const uint4* weights, const uint4* x, const float* partials, float* out, uint32_t* counter) {
     uint4* copied = reinterpret_cast<uint4*>(dynamic_shared());
-    KILN_SHARED float sums[32];
+    __shared__ float sums[32];
     uint32_t lane = threadIdx.x;
     uint4 w = load_weight(weights + lane);
     start_next();

@@ -37,7 +37,7 @@ KILN_KERNEL(32, 1) copy_too_early(const uint4* in, uint4* out) {
 // Shared memory as a block finds it, then other numbers for the next block to find.
 KILN_KERNEL(32, 1) shared_before(uint32_t* out) {
     wait_for_previous();
-    KILN_SHARED uint32_t fixed[32];
+    __shared__ uint32_t fixed[32];
     uint32_t* dynamic = reinterpret_cast<uint32_t*>(dynamic_shared());
     uint32_t thread = threadIdx.x;
     out[blockIdx.x * 64 + thread] = fixed[thread];

@@ -81,7 +81,7 @@ KILN_KERNEL(32, 1) read_shared_at(uint64_t place, uint32_t* out) {
 
 KILN_KERNEL(32, 1) read_static_at(uint64_t place, uint32_t* out) {
     wait_for_previous();
-    KILN_SHARED uint32_t numbers[32];
+    __shared__ uint32_t numbers[32];
     numbers[threadIdx.x] = threadIdx.x;
     out[threadIdx.x] = numbers[place + threadIdx.x];
 }

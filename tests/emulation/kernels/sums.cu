@@ -4,7 +4,7 @@
 template <bool Synchronised>
 KILN_DEVICE void sum(const uint32_t* numbers, uint32_t* out) {
     wait_for_previous();
-    KILN_SHARED uint32_t partial[256];
+    __shared__ uint32_t partial[256];
     uint32_t thread = threadIdx.x;
     partial[thread] = numbers[blockIdx.x * 256 + thread];
     for (uint32_t half = 128; half > 0; half /= 2) {
@@ -20,8 +20,8 @@ KILN_KERNEL(256, 1) sum_without_barriers(const uint32_t* numbers, uint32_t* out)
 // Each warp sums by shuffles, and the last block to arrive sums what the others left.
 KILN_KERNEL(256, 1) sum_of_blocks(const uint32_t* numbers, uint32_t* partial, uint32_t* counter, uint32_t* out) {
     wait_for_previous();
-    KILN_SHARED uint32_t of_warps[8];
-    KILN_SHARED bool last;
+    __shared__ uint32_t of_warps[8];
+    __shared__ bool last;
     uint32_t value = numbers[blockIdx.x * 256 + threadIdx.x];
     for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffff, value, lanes);
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;

@@ -5,7 +5,6 @@
 
 #define KILN_DEVICE inline
 #define KILN_KERNEL(threads, blocks_per_sm) extern "C" void
-#define KILN_SHARED static
 
 struct f16 {
     uint16_t bits;
