@@ -3,7 +3,7 @@
 
 use crate::fixture;
 use kiln_bundle::{Bundle, BundleError, DType};
-use kiln_compiler::{CompileOptions, Model, Silent, compile};
+use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile, cuda::CudaTarget};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
     collections::BTreeMap,
@@ -330,9 +330,13 @@ fn limits_become_buckets() {
 
 /// Applies a change to bundle.json's text and opens the bundle.
 fn opened(change: impl FnOnce(String) -> String) -> BundleError {
+    opened_of(&CompileOptions::default(), change)
+}
+
+fn opened_of(options: &CompileOptions, change: impl FnOnce(String) -> String) -> BundleError {
     let dir = TempDir::new().unwrap();
     let output = dir.path().join("out.kiln");
-    compile_to(&fixture("tiny-opt"), &output, &CompileOptions::default()).unwrap();
+    compile_to(&fixture("tiny-opt"), &output, options).unwrap();
     let path = output.join("bundle.json");
     let text = fs::read_to_string(&path).unwrap();
     let changed = change(text.clone());
@@ -355,8 +359,8 @@ fn manifests_that_lie_are_refused() {
     };
     refused(
         "\"format_version\": 2",
-        "\"format_version\": 2",
-        "has bundle format 2 (written by kiln 0.1.0); this kiln reads format 1: use a newer kiln",
+        "\"format_version\": 3",
+        "has bundle format 3 (written by kiln 0.1.0); this kiln reads format 2: use a newer kiln",
     );
     refused(
         "\"layers\": 3",
@@ -437,5 +441,141 @@ fn manifests_that_lie_are_refused() {
     assert!(
         overlap.to_string().contains("writes b1 over its input b0"),
         "{overlap}"
+    );
+}
+
+fn for_gpus(targets: &[CudaTarget]) -> CompileOptions {
+    CompileOptions {
+        targets: targets.iter().copied().map(TargetChoice::Cuda).collect(),
+        emit_only: true,
+        prefill_buckets: vec![16, 128],
+        decode_batch: vec![1],
+        max_batch: 2,
+        ..CompileOptions::default()
+    }
+}
+
+#[test]
+fn one_bundle_serves_the_cpu_and_several_gpus() {
+    let dir = TempDir::new().unwrap();
+    let output = dir.path().join("out.kiln");
+    let mut options = for_gpus(&[CudaTarget::Sm90a, CudaTarget::Sm80, CudaTarget::Sm90a]);
+    options.targets.push(TargetChoice::Cpu);
+    compile_to(&fixture("tiny-opt"), &output, &options).unwrap();
+    let bundle = Bundle::open(&output).unwrap();
+    let manifest = bundle.manifest();
+    let names: Vec<&str> = manifest.targets.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(names, ["cpu", "sm_80", "sm_90a"]);
+    let [cpu, sm_80, sm_90a] = &manifest.targets[..] else {
+        panic!("three targets");
+    };
+    // The checkpoint is f32; tensor cores are not, and a bundle has one type of weights.
+    assert_eq!((cpu.weights, cpu.dtype), (DType::F16, DType::F16));
+    assert_eq!(sm_80.weights_file, sm_90a.weights_file);
+    assert_eq!(sm_80.executables, sm_90a.executables);
+    assert!(cpu.executables.iter().all(|e| e.launches.is_empty()));
+    for target in &manifest.targets {
+        bundle.weights(target).unwrap();
+    }
+    assert!(manifest.files.contains_key("cuda/kiln/ptx.cuh"));
+    for image in &sm_80.images {
+        assert_eq!(image.cubin, None);
+        assert!(manifest.files.contains_key(&image.source));
+        let source = fs::read_to_string(output.join(&image.source)).unwrap();
+        assert!(source.contains(&format!("\n{}(", image.entry)));
+    }
+    // The self-test's tolerance allows for 16-bit activations.
+    assert!(manifest.self_test.tolerance >= 1e-3);
+}
+
+#[test]
+fn a_gpu_bundle_is_deterministic() {
+    let dir = TempDir::new().unwrap();
+    let outputs = ["a.kiln", "b.kiln"].map(|name| dir.path().join(name));
+    for output in &outputs {
+        let options = for_gpus(&[CudaTarget::Sm89]);
+        compile_to(&fixture("tiny-gpt2"), output, &options).unwrap();
+    }
+    let [a, b] = outputs.map(|output| fs::read(output.join("bundle.json")).unwrap());
+    // It lists the hash of every other file.
+    assert!(a == b);
+}
+
+#[test]
+fn gpus_take_16_bits() {
+    let options = CompileOptions {
+        dtype: Some(DType::F32),
+        ..for_gpus(&[CudaTarget::Sm80])
+    };
+    refuses(
+        &fixture("tiny-opt"),
+        &options,
+        "--dtype is f32; a CUDA target takes f16 or bf16, the same for --dtype and --weights",
+    );
+    let options = CompileOptions {
+        dtype: Some(DType::Bf16),
+        weights: Some(DType::F16),
+        ..for_gpus(&[CudaTarget::Sm80])
+    };
+    refuses(&fixture("tiny-opt"), &options, "--weights is f16");
+}
+
+#[test]
+fn launches_that_lie_are_refused() {
+    let refused = |change: &dyn Fn(&mut serde_json::Value), message: &str| {
+        let error = opened_of(&for_gpus(&[CudaTarget::Sm80]), |text| {
+            let mut manifest = serde_json::from_str(&text).unwrap();
+            change(&mut manifest);
+            manifest.to_string()
+        });
+        let error = error.to_string();
+        assert!(error.contains(message), "found: {error}\nneeded: {message}");
+    };
+    let launch = |manifest: &mut serde_json::Value, key: &str, value: serde_json::Value| {
+        manifest["targets"][0]["executables"][0]["launches"][1][key] = value;
+    };
+    refused(
+        &|m| launch(m, "image", 999.into()),
+        "launch 1: image 999 does not exist",
+    );
+    refused(
+        &|m| launch(m, "kernel", 999.into()),
+        "launch 1: kernel 999 does not exist or comes too late",
+    );
+    refused(
+        &|m| launch(m, "grid", vec![1, 0, 1].into()),
+        "launch 1: grid is 1 x 0 x 1",
+    );
+    let argument = |value: serde_json::Value| serde_json::Value::from(vec![value]);
+    refused(
+        &|m| launch(m, "arguments", argument(serde_json::json!({"buffer": 999}))),
+        "buffer b999 does not exist",
+    );
+    refused(
+        &|m| launch(m, "arguments", argument(serde_json::json!({"weight": "w"}))),
+        "no kernel of the program uses \"w\"",
+    );
+    refused(
+        &|m| launch(m, "arguments", argument(serde_json::json!({"kv_layer": 3}))),
+        "layer 3 of 3 does not exist",
+    );
+    refused(
+        &|m| {
+            let workspace = serde_json::json!({"workspace": {"offset_bytes": 1u64 << 60}});
+            launch(m, "arguments", argument(workspace));
+        },
+        "workspace has no byte",
+    );
+    refused(
+        &|m| m["targets"][0]["images"][0]["entry"] = "a b".into(),
+        "entry \"a b\" is no identifier",
+    );
+    refused(
+        &|m| m["targets"][0]["images"][0]["cubin"] = "../x".into(),
+        "\"../x\" is not listed in files",
+    );
+    refused(
+        &|m| m["targets"][0]["images"][0]["block_threads"] = 2048.into(),
+        "block_threads is 2048",
     );
 }

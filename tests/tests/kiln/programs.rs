@@ -1,9 +1,9 @@
 //! The other commands of both programs.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, interrupt, program};
+use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository};
 use serde_json::Value;
-use std::{fs, process::Output};
+use std::{fs, path::Path, process::Output};
 
 fn tiny() -> TestBundle {
     TestBundle::compile(&fixture("tiny-opt"), &CompileOptions::default())
@@ -243,6 +243,57 @@ fn a_gpu_that_is_not_there_is_an_error() {
     let message = failure(&run_on("gpu"), 2);
     assert!(message.contains("auto, cpu, cuda or cuda:N"), "{message}");
     assert!(run_on("auto").status.success());
+}
+
+#[test]
+fn a_gpu_bundle_is_compiled_and_inspected_without_a_gpu() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let output = dir.path().join("out.kiln").to_string_lossy().into_owned();
+    let model = fixture("tiny-opt").to_string_lossy().into_owned();
+    let flags = ["compile", &model, "-o", &output, "--target", "sm_90a"];
+    let buckets = ["--max-batch", "2", "--prefill-buckets", "16,128"];
+    let compile = |nvrtc: &Path, more: &[&str]| {
+        program("kilnc")
+            .args(flags)
+            .args(buckets)
+            .args(more)
+            .env("KILN_NVRTC", nvrtc)
+            .output()
+            .unwrap()
+    };
+    // Nothing is compiled and nothing left behind where the toolchain is missing.
+    let message = failure(&compile(dir.path(), &[]), 1);
+    assert!(message.contains("scripts/fetch-nvrtc"), "{message}");
+    assert!(!Path::new(&output).exists());
+    assert!(compile(dir.path(), &["--emit-only"]).status.success());
+    let message = failure(&run("kiln", &["generate", &output, "--prompt-ids", "2"]), 1);
+    assert!(message.contains("sm_90a"), "{message}");
+
+    let result = compile(&repository("target/nvrtc"), &[]);
+    assert!(result.status.success(), "{}", failure(&result, 1));
+    assert!(run("kilnc", &["inspect", &output]).status.success());
+    let report = |more: &[&str]| -> Value {
+        let output = run("kilnc", &[&["inspect", &output, "--json"], more].concat());
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let files = report(&[])["files"].clone();
+    let cubins = files.as_object().unwrap().keys();
+    let cubins: Vec<_> = cubins.filter(|name| name.ends_with(".cubin")).collect();
+    assert!(cubins.len() > 10, "{cubins:?}");
+    for cubin in cubins {
+        let bytes = fs::read(Path::new(&output).join(cubin)).unwrap();
+        assert!(bytes.starts_with(b"\x7fELF"), "{cubin}");
+    }
+    assert!(files.get("cuda/sm_90a/resources.json").is_some());
+
+    // Half of the bandwidth, more time; a GPU that does not run the target predicts nothing.
+    let time =
+        |report: &Value| report["targets"][0]["executables"][0]["predicted"]["floor_us"].as_f64();
+    let (h200, h100) = (report(&["--gpu", "h200"]), report(&["--gpu", "H100"]));
+    assert!(time(&h200) < time(&h100), "{h200}");
+    assert_eq!(time(&report(&["--gpu", "a100"])), None);
+    let message = failure(&run("kilnc", &["inspect", &output, "--gpu", "abacus"]), 2);
+    assert!(message.contains("H200"), "{message}");
 }
 
 #[test]
