@@ -211,6 +211,11 @@ fn the_same_model_gives_the_same_sources() {
     assert_eq!(model("gpt2").kernels, model("gpt2").kernels);
 }
 
+/// The template that an entry point comes from, or the first word of its name.
+fn kind(entry: &str) -> &str {
+    entry.split('_').next().unwrap_or_default()
+}
+
 /// Most registers of a thread with which `blocks` blocks of `threads` fit a multiprocessor.
 fn register_budget(threads: u32, blocks: u32) -> u32 {
     65536 / (threads * blocks) / 8 * 8
@@ -242,11 +247,8 @@ fn check_machine_code(kernels: &[Kernel], targets: &[CudaTarget]) {
         assert_eq!(resources.stack_bytes, 0, "{place} uses local memory");
         let spills = resources.spill_store_bytes + resources.spill_load_bytes;
         assert_eq!(spills, 0, "{place} spills");
-        let [kind, ..] = built.entry.split('_').collect::<Vec<_>>()[..] else {
-            panic!("{place} has no kind");
-        };
         // Blocks of a multiprocessor that hide the latency of its loads.
-        let blocks = match kind {
+        let blocks = match kind(&built.entry) {
             "gemm" if built.entry.contains("b128x128") => 1,
             "attention" if built.entry.contains("decode") => 4,
             _ => 2,
@@ -271,7 +273,7 @@ fn check_machine_code(kernels: &[Kernel], targets: &[CudaTarget]) {
             "{place} has local memory"
         );
         let tensor_cores = has("HMMA", "") || has("HGMMA", "");
-        match kernel.entry.split('_').next().unwrap_or_default() {
+        match kind(&kernel.entry) {
             "linear" => {
                 assert!(has("LDG", "128"), "{place} has no 128-bit loads");
                 assert!(tensor_cores, "{place} has no tensor-core instruction");
