@@ -30,6 +30,8 @@ QUICK_MINUTES = 9.5
 
 
 def main():
+    if sys.version_info < (3, 11):
+        sys.exit(f"this is Python {sys.version.split()[0]}; scripts/gpu/check needs 3.11, KILN_PYTHON names another interpreter")
     args = arguments()
     bin_dir = programs(args.bin)
     args.dir.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,8 @@ class Sanitizer(unittest.TestCase):
     def test_first_error(self):
         output = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 16 bytes\n========= ERROR SUMMARY: 1 error"
         self.assertEqual(sanitizer.first_error(output), "Invalid __global__ read of size 16 bytes")
+        self.assertEqual(sanitizer.first_error("========= COMPUTE-SANITIZER\nerror: no device"), "error: no device")
+        self.assertEqual(sanitizer.first_error("========= ERROR SUMMARY: 0 errors"), "")
 
 
 class Parity(unittest.TestCase):

@@ -10,7 +10,7 @@ TOOLS = ["memcheck", "racecheck", "synccheck"]
 QUICK_FIXTURES = ["tiny-opt"]
 FIXTURES = ["tiny-opt", "tiny-opt-post", "tiny-opt-d80", "tiny-gpt2"]
 # Below one block of the KV cache, above it, and over several; then enough steps to enter a new block.
-PROMPT_LENGTHS = [1, 7, 40, 100]
+PROMPT_LENGTHS = [1, 7, 40, 90]
 NEW_TOKENS = 20
 UNSUPPORTED = ["Device not supported", "device is not supported"]
 
@@ -56,7 +56,9 @@ def error_count(output):
 
 
 def first_error(output):
-    """The first line that says what went wrong."""
+    """The first line that says what went wrong: the sanitizer's, or else kiln's own."""
     lines = [line.strip("= ").strip() for line in output.splitlines() if line.startswith("=========")]
     words = ("Invalid", "Error", "error", "hazard", "Barrier", "Race", "Program hit")
-    return next((line for line in lines if any(word in line for word in words) and "SUMMARY" not in line), "")
+    said = [line for line in lines if any(word in line for word in words) and "SUMMARY" not in line]
+    said += [line for line in output.splitlines() if line.startswith("error:")]
+    return said[0] if said else ""
