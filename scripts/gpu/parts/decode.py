@@ -2,7 +2,6 @@
 
 from . import speed
 
-BATCHES = [1, 8, 64]
 QUICK_BATCHES = [1, 8]
 PROMPT = 128
 STEPS = 64
@@ -25,7 +24,7 @@ def check_ceiling(context, report):
 
 
 def sizes(context, config):
-    return context.batches or (QUICK_BATCHES if context.quick else BATCHES)
+    return context.batches or (QUICK_BATCHES if context.quick else speed.BATCHES)
 
 
 def lengths(config):

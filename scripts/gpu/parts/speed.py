@@ -19,6 +19,7 @@ from .common import Failed, median, short
 
 QUICK_MODELS = ["opt-125m", "opt-1.3b"]
 MODELS = [*QUICK_MODELS, "opt-2.7b", "opt-6.7b"]
+BATCHES = [1, 8, 64]
 PREFILL_BUCKETS = "16,64,128,256,512,1024,2048"
 KV_BLOCK = 16
 ROUNDS = 5
@@ -52,8 +53,10 @@ def compile_bundle(context, model, config):
     """One bundle for all batches and lengths."""
     positions = config["max_positions"]
     buckets = [bucket for bucket in PREFILL_BUCKETS.split(",") if int(bucket) <= positions]
+    batches = [str(batch) for batch in sorted({*BATCHES, *(context.batches or [])})]
     return context.compile(
-        model, "--max-batch", 64, "--decode-batch", "1,8,64", "--prefill-buckets", ",".join(buckets), name="speed"
+        model, "--max-batch", batches[-1], "--decode-batch", ",".join(batches),
+        "--prefill-buckets", ",".join(buckets), name="-".join(["speed", *batches]),
     )
 
 
