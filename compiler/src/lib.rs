@@ -35,6 +35,21 @@ use kiln_ir::VerifyError;
 use kiln_models::WeightError;
 use std::{io, path::PathBuf};
 
+impl From<cuda::BuildError> for CompileError {
+    fn from(error: cuda::BuildError) -> CompileError {
+        match error {
+            cuda::BuildError::Cancelled => CompileError::Cancelled,
+            error => CompileError::Build(Box::new(error)),
+        }
+    }
+}
+
+impl From<cuda::NvrtcError> for CompileError {
+    fn from(error: cuda::NvrtcError) -> CompileError {
+        cuda::BuildError::from(error).into()
+    }
+}
+
 /// Hears how a compilation goes on.
 pub trait Progress: Sync {
     /// A stage begins.
@@ -82,12 +97,9 @@ pub enum CompileError {
     /// The model, for a CUDA target.
     #[error(transparent)]
     Lower(#[from] cuda::LowerError),
-    /// The machine's CUDA compiler, or the kernels' mistake.
+    /// The machine has no CUDA compiler, or it refuses a kernel.
     #[error(transparent)]
-    Build(#[from] cuda::BuildError),
-    /// The machine has no CUDA compiler.
-    #[error(transparent)]
-    Nvrtc(#[from] cuda::NvrtcError),
+    Build(Box<cuda::BuildError>),
     /// The checkpoint or the output, while packing.
     #[error(transparent)]
     Package(#[from] PackageError),

@@ -8,8 +8,8 @@
 //! ```
 
 use super::{
-    BuildError, Cache, CudaTarget, EmittedKernel, HEADERS, Kernel, Kernels, LowerError, Nvrtc,
-    Resources, build_with, check, lower,
+    Cache, CudaTarget, EmittedKernel, HEADERS, Kernel, Kernels, LowerError, Nvrtc, Resources,
+    build_with, check, lower,
 };
 use crate::{CompileError, Progress};
 use kiln_bundle::{BundleWriter, DType, Executable, Image, ModelInfo, Program, WriteError};
@@ -95,11 +95,7 @@ fn build_cubins<'a>(
         .collect();
     let names: Vec<&str> = targets.iter().map(|target| target.name()).collect();
     let cache = Cache::from_env();
-    let built = build_with(toolchain, &cache, &emitted, &HEADERS, &names, progress);
-    let built = built.map_err(|error| match error {
-        BuildError::Cancelled => CompileError::Cancelled,
-        error => CompileError::Build(error),
-    })?;
+    let built = build_with(toolchain, &cache, &emitted, &HEADERS, &names, progress)?;
     let mut paths = BTreeMap::new();
     for (target, built) in targets.iter().zip(built.chunks(kernels.len().max(1))) {
         let mut reports: BTreeMap<&str, &Resources> = BTreeMap::new();
