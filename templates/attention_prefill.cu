@@ -20,7 +20,7 @@ $(entry)$($(parameters)$) {
     wait_for_previous();
     uint4* const stages = reinterpret_cast<uint4*>(dynamic_shared());
     if (blockIdx.y >= step.counts->tiles) return;
-    const uint32_t head = blockIdx.x, lane = lane_index();
+    const uint32_t head = blockIdx.x, lane = lane_index(), warp_row = warp_index() * 16;
     const Tile tile = step.tiles[blockIdx.y];
     const Sequence sequence = step.sequences[tile.sequence];
     const uint32_t end = tile.first_row + TILE_QUERIES < sequence.rows ? tile.first_row + TILE_QUERIES : sequence.rows;
@@ -43,7 +43,7 @@ $(entry)$($(parameters)$) {
     uint32_t limit[2];  // positions that rows g and g + 8 see
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        const uint32_t row = tile.first_row + warp_index() * 16 + half * 8 + lane / 4;
+        const uint32_t row = tile.first_row + warp_row + half * 8 + lane / 4;
         const T* const from = queries + (sequence.first_row + row) * static_cast<uint64_t>(3 * H * D) + head * D;
         load_queries<D>(q, half, row < end ? from : nullptr);
         limit[half] = row < end ? sequence.past_len + row + 1 : 0;
@@ -63,12 +63,18 @@ $(entry)$($(parameters)$) {
         __syncthreads();
         const uint32_t first = chunk * CHUNK, present = kv_len - first < CHUNK ? kv_len - first : CHUNK;
         const uint4* const stage = stages + chunk % 2 * STAGE_VECTORS;
-        const auto keys = [&](uint32_t block) { return stage + block * BLOCK_VECTORS; };
-        const auto values = [&](uint32_t block) { return stage + (CHUNK_BLOCKS + block) * BLOCK_VECTORS; };
-        const auto load = [](const uint4* from) { return *from; };
+        const uint4* const keys = stage;
+        const uint4* const values = stage + CHUNK_BLOCKS * BLOCK_VECTORS;
         const uint32_t visible[2] = {limit[0] > first ? limit[0] - first : 0, limit[1] > first ? limit[1] - first : 0};
+        // Most chunks lie before all of the warp's rows.
+        const bool full = first + CHUNK <= sequence.past_len + tile.first_row + warp_row + 1 &&
+                          tile.first_row + warp_row + 16 <= end;
         Part<D> part;
-        attend_chunk<T, D>(part, q, keys, values, load, present, visible, SCALE_LOG2);
+        if (full) {
+            attend_chunk<T, D, true>(part, q, keys, values, present, visible, SCALE_LOG2);
+        } else {
+            attend_chunk<T, D, false>(part, q, keys, values, present, visible, SCALE_LOG2);
+        }
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             const Merge merge(total.largest[half], part.largest[half]);
@@ -85,7 +91,7 @@ $(entry)$($(parameters)$) {
 
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        const uint32_t row = tile.first_row + warp_index() * 16 + half * 8 + lane / 4;
+        const uint32_t row = tile.first_row + warp_row + half * 8 + lane / 4;
         if (row >= end) continue;
         T* const to = out + (sequence.first_row + row) * static_cast<uint64_t>(H * D) + head * D;
 #pragma unroll

@@ -1,8 +1,5 @@
 // What becomes of two neighbouring outputs n and n + 1 of a row: $(epilogue.summary())$.
 struct Epilogue {
-/*%- if epilogue.bias %*/
-    const float* bias;
-/*%- endif %*/
 /*%- if epilogue.residual.is_some() %*/
     const float* residual;  // (M, N)
 /*%- endif %*/
@@ -25,38 +22,33 @@ struct Epilogue {
 /*%- else %*/
     float* out;  // (M, N)
 /*%- endmatch %*/
-/*%- if epilogue.residual.is_some() %*/
 
-    KILN_DEVICE float residual_at(uint32_t row, uint32_t n) const {
-        const float x = residual[row * static_cast<uint64_t>(N) + n];
-/*%- if let Some(norm) = epilogue.residual_norm() %*/
-        const Moments moments = row_moments<N>(residual_sums, row, $(norm.eps)$f);
-        return normalise(x, moments, $(norm.weight("residual_norm_weight[n]"))$, $(norm.bias("residual_norm_bias[n]"))$);
-/*%- else %*/
-        return x;
-/*%- endif %*/
-    }
-
-/*%- endif %*/
-    KILN_DEVICE float finish(uint32_t row, uint32_t n, float x) const {
+    // The output from its sum$(epilogue.bias_phrase())$; zero where n is none.
+    KILN_DEVICE float finish(uint32_t row, uint32_t n, float x$(epilogue.bias_parameter())$) const {
+        if (n >= N) return 0.0f;
 /*%- if epilogue.bias %*/
-        x += bias[n];
+        x += bias;
 /*%- endif %*/
 /*%- if let Some(activation) = epilogue.activation() %*/
         x = $(activation)$(x);
 /*%- endif %*/
 /*%- if epilogue.residual.is_some() %*/
-        x += residual_at(row, n);
+        const float added = load_fresh(residual + row * static_cast<uint64_t>(N) + n);
+/*%- if let Some(norm) = epilogue.residual_norm() %*/
+        const Moments moments = row_moments<N>(residual_sums, row, $(norm.eps)$f);
+        x += normalise(added, moments, $(norm.weight("residual_norm_weight[n]"))$, $(norm.bias("residual_norm_bias[n]"))$);
+/*%- else %*/
+        x += added;
+/*%- endif %*/
 /*%- endif %*/
         return x;
     }
 
-    KILN_DEVICE void operator()(uint32_t row, uint32_t n, float x, float y) const {
+    // Stores finished outputs.
+    KILN_DEVICE void store(uint32_t row, uint32_t n, float x, float y) const {
         if (n >= N) return;
-        x = finish(row, n, x);
 /*%- match epilogue.output %*/
 /*%- when Output::Qkv with { hidden_size, head_dim, block_stride } %*/
-        y = finish(row, n + 1, y);
         constexpr uint32_t C = $(hidden_size)$;
         constexpr uint32_t D = $(head_dim)$;
         const uint32_t pair = pack<T>(x, y);
@@ -64,7 +56,7 @@ struct Epilogue {
             *reinterpret_cast<uint32_t*>(queries + row * static_cast<uint64_t>(3 * C) + n) = pair;
             return;
         }
-        const uint32_t slot = kv_slots[row], position = slot % BLOCK_TOKENS;
+        const uint32_t slot = load_fresh(kv_slots + row), position = slot % BLOCK_TOKENS;
         const uint32_t head = n % C / D, component = n % D;
         T* const block = kv + slot / BLOCK_TOKENS * $(block_stride)$ull;
         if (n < 2 * C) {
@@ -76,15 +68,13 @@ struct Epilogue {
             values[value_index(position, component + 1)].bits = static_cast<uint16_t>(pair >> 16);
         }
 /*%- when Output::Element %*/
-        y = finish(row, n + 1, y);
         *reinterpret_cast<uint32_t*>(out + row * static_cast<uint64_t>(N) + n) = pack<T>(x, y);
 /*%- else %*/
 /*%- if n % 2 == 0 %*/
-        y = finish(row, n + 1, y);
         *reinterpret_cast<float2*>(out + row * static_cast<uint64_t>(N) + n) = {x, y};
 /*%- else %*/
         out[row * static_cast<uint64_t>(N) + n] = x;
-        if (n + 1 < N) out[row * static_cast<uint64_t>(N) + n + 1] = finish(row, n + 1, y);
+        if (n + 1 < N) out[row * static_cast<uint64_t>(N) + n + 1] = y;
 /*%- endif %*/
 /*%- endmatch %*/
     }

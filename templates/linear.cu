@@ -19,12 +19,13 @@ constexpr uint32_t DEPTH = $(depth)$;  // vectors of each tile that a lane has u
 constexpr uint32_t K_TILES = (K + TILE_K - 1) / TILE_K;
 constexpr uint32_t N_TILES = (N + TILE_N - 1) / TILE_N;
 constexpr uint32_t M_TILES = (ROWS + 15) / 16;
+constexpr uint32_t PAIRS = TILES * TILE_N / 2;  // of outputs of a row in a block
 
 /*% include "epilogue.cu" %*/
 
 KILN_KERNEL(THREADS, 2)
 $(entry)$($(parameters)$) {
-    __shared__ float sums[WARPS][ROWS][TILES * TILE_N];
+    alignas(16) __shared__ float sums[WARPS][ROWS][TILES * TILE_N];
 /*%- if input.norm.is_some() %*/
     __shared__ RowSums<ROWS> input_sums;
 /*%- endif %*/
@@ -35,89 +36,99 @@ $(entry)$($(parameters)$) {
 
     const uint32_t lane = lane_index(), warp = warp_index(), g = lane / 4, c = lane % 4;
     const uint32_t first_tile = blockIdx.x * TILES;
-    const uint32_t k_begin = segment_start(warp, K_TILES), k_end = segment_start(warp + 1, K_TILES);
+    const Segment<K_TILES> segment(warp);
 
     // A tile past the last one repeats it; its outputs are dropped.
     const uint4* tiles[TILES];
+#pragma unroll
     for (uint32_t t = 0; t < TILES; t++) {
         const uint32_t tile = first_tile + t < N_TILES ? first_tile + t : N_TILES - 1;
-        tiles[t] = weight + tile * static_cast<uint64_t>(K_TILES * TILE_VECTORS) + lane;
+        tiles[t] = weight + (tile * static_cast<uint64_t>(K_TILES) + segment.begin) * TILE_VECTORS + lane;
     }
     uint4 w[DEPTH][TILES];
 #pragma unroll
     for (uint32_t d = 0; d < DEPTH; d++) {
-        if (k_begin + d >= k_end) break;
-        for (uint32_t t = 0; t < TILES; t++) w[d][t] = load_weight(tiles[t] + (k_begin + d) * TILE_VECTORS);
+        if (d >= segment.length) break;
+#pragma unroll
+        for (uint32_t t = 0; t < TILES; t++) w[d][t] = load_weight(tiles[t] + d * TILE_VECTORS);
     }
+    // A thread finishes one pair of columns.
+    const uint32_t column = threadIdx.x % PAIRS * 2, n = first_tile * TILE_N + column;
+/*%- if epilogue.bias %*/
+    const float bias_x = n < N ? load_ahead(bias + n) : 0.0f, bias_y = n + 1 < N ? load_ahead(bias + n + 1) : 0.0f;
+/*%- endif %*/
+    const uint32_t rows = load_fresh(&step.counts->$(input.count())$);
 
     wait_for_previous();
-    const uint32_t rows = step.counts->$(input.count())$;
     const auto input_row = [&](uint32_t row) { return input + $(input.row("row"))$ * static_cast<uint64_t>(K); };
-/*%- if let Some(norm) = input.norm %*/
-    sum_rows<K, ROWS>(input_sums, input_row, rows);
-/*%- endif %*/
 /*%- if epilogue.residual_norm().is_some() %*/
     sum_rows<N, ROWS>(residual_sums, [&](uint32_t row) { return residual + row * static_cast<uint64_t>(N); }, rows);
 /*%- endif %*/
-
-    // Inputs k .. k + 7 of a row; zeros where there is no row.
-    const auto inputs = [&](uint32_t row, uint32_t k) -> uint4 {
-/*%- if k % 32 == 0 %*/
-        if (row >= rows) return {0, 0, 0, 0};
-/*%- else %*/
-        if (row >= rows || k >= K) return {0, 0, 0, 0};
-/*%- endif %*/
 /*%- if input.is_f32() %*/
-        float x[8];
-        load8(x, input_row(row) + k);
+
+    T* const staged = reinterpret_cast<T*>(dynamic_shared());
 /*%- if let Some(norm) = input.norm %*/
-        const Moments moments = row_moments<K>(input_sums, row, $(norm.eps)$f);
-/*%- if norm.weight %*/
-        float scale[8];
-        load8(scale, norm_weight + k);
-/*%- endif %*/
-/*%- if norm.bias %*/
-        float shift[8];
-        load8(shift, norm_bias + k);
-/*%- endif %*/
-        for (uint32_t i = 0; i < 8; i++) x[i] = normalise(x[i], moments, $(norm.weight("scale[i]"))$, $(norm.bias("shift[i]"))$);
-/*%- endif %*/
-        return pack8<T>(x);
+    const auto scale = [&](uint32_t k) { return $(norm.weight4("norm_weight"))$; };
+    const auto shift = [&](uint32_t k) { return $(norm.bias4("norm_bias"))$; };
+    stage_normalised<T, K, ROWS>(staged, input_sums, input_row, rows, $(norm.eps)$f, scale, shift);
 /*%- else %*/
-        return *reinterpret_cast<const uint4*>(input_row(row) + k);
+    stage_rows<T, K, ROWS>(staged, input_row, rows);
 /*%- endif %*/
+    __syncthreads();
+
+    // The lane's inputs of a row in a tile of the segment; zeros where there is no row.
+    const auto inputs = [&](uint32_t row, uint32_t tile) -> uint4 {
+        if (row >= ROWS || row >= rows) return {0, 0, 0, 0};
+        return *reinterpret_cast<const uint4*>(staged + ((segment.begin + tile) * ROWS + row) * TILE_K + c * 8);
     };
+/*%- else %*/
+
+    // The lane's inputs of a row in a tile of the segment; zeros where there is no row.
+    const auto inputs = [&](uint32_t row, uint32_t tile) -> uint4 {
+        const uint32_t k = (segment.begin + tile) * TILE_K + c * 8;
+        if (row >= ROWS || row >= rows$(self.k_guard())$) return {0, 0, 0, 0};
+        return load_fresh(reinterpret_cast<const uint4*>(input_row(row) + k));
+    };
+/*%- endif %*/
 
     float sum[M_TILES][TILES][4] = {};
-    for (uint32_t first = k_begin; first < k_end; first += DEPTH) {
+#pragma unroll 1
+    for (uint32_t first = 0; first < segment.length; first += DEPTH) {
+#pragma unroll
+        for (uint32_t m = 0; m < M_TILES; m++) {
+            if (m * 16 >= rows) break;
+            // All inputs of the vectors under way are asked for before the first is used.
+            uint4 low[DEPTH], high[DEPTH];
+#pragma unroll
+            for (uint32_t d = 0; d < DEPTH; d++) {
+                if (first + d >= segment.length) break;
+                low[d] = inputs(m * 16 + g, first + d);
+                high[d] = inputs(m * 16 + g + 8, first + d);
+            }
+#pragma unroll
+            for (uint32_t d = 0; d < DEPTH; d++) {
+                if (first + d >= segment.length) break;
+#pragma unroll
+                for (uint32_t t = 0; t < TILES; t++) multiply<T>(sum[m][t], low[d], high[d], w[d][t]);
+            }
+        }
 #pragma unroll
         for (uint32_t d = 0; d < DEPTH; d++) {
-            const uint32_t tile = first + d;
-            if (tile >= k_end) break;
+            if (first + d + DEPTH >= segment.length) break;
 #pragma unroll
-            for (uint32_t m = 0; m < M_TILES; m++) {
-                if (m * 16 >= rows) break;
-                const uint4 low = inputs(m * 16 + g, tile * TILE_K + c * 8);
-                const uint4 high = inputs(m * 16 + g + 8, tile * TILE_K + c * 8);
-#pragma unroll
-                for (uint32_t t = 0; t < TILES; t++) multiply<T>(sum[m][t], low, high, w[d][t]);
-            }
-            if (tile + DEPTH < k_end) {
-#pragma unroll
-                for (uint32_t t = 0; t < TILES; t++) w[d][t] = load_weight(tiles[t] + (tile + DEPTH) * TILE_VECTORS);
-            }
+            for (uint32_t t = 0; t < TILES; t++) w[d][t] = load_weight(tiles[t] + (first + d + DEPTH) * TILE_VECTORS);
         }
     }
 
 #pragma unroll
     for (uint32_t m = 0; m < M_TILES; m++) {
 #pragma unroll
-        for (uint32_t t = 0; t < TILES; t++) {
+        for (uint32_t half = 0; half < 2; half++) {
+            const uint32_t row = m * 16 + half * 8 + g;
+            if (row >= ROWS || row >= rows) continue;
 #pragma unroll
-            for (uint32_t half = 0; half < 2; half++) {
-                const uint32_t row = m * 16 + half * 8 + g;
-                if (row >= rows) continue;
-                float* to = &sums[warp][row][t * TILE_N + 2 * c];
+            for (uint32_t t = 0; t < TILES; t++) {
+                float* const to = &sums[warp][row][t * TILE_N + 2 * c];
                 *reinterpret_cast<float2*>(to) = {sum[m][t][2 * half], sum[m][t][2 * half + 1]};
             }
         }
@@ -125,31 +136,37 @@ $(entry)$($(parameters)$) {
     __syncthreads();
 
     const Epilogue epilogue{$(self.epilogue_values())$};
-    constexpr uint32_t PAIRS = TILES * TILE_N / 2;
-    for (uint32_t i = threadIdx.x; i < $(self.pair_bound())$; i += THREADS) {
-        const uint32_t row = i / PAIRS, column = i % PAIRS * 2;
-        float x = 0.0f, y = 0.0f;
+    constexpr uint32_t ROW_STRIDE = THREADS / PAIRS;  // rows that the block finishes at a time
+    const uint32_t first_row = threadIdx.x / PAIRS;
 /*%- if epilogue.best() %*/
-        // The whole warp takes part in the search below, with rows or without.
+    // Whole warps stay in the loop: their lanes search together.
+    for (uint32_t first = 0; first < rows; first += ROW_STRIDE) {
+        const uint32_t row = first + first_row;
+        float x = 0.0f, y = 0.0f;
         if (row < rows) {
             for (uint32_t s = 0; s < SEGMENTS; s++) x += sums[s][row][column], y += sums[s][row][column + 1];
+            x = epilogue.finish(row, n, x$(epilogue.bias_argument("x"))$);
+            y = epilogue.finish(row, n + 1, y$(epilogue.bias_argument("y"))$);
+            epilogue.store(row, n, x, y);
         }
-        const uint32_t n = first_tile * TILE_N + column;
         Candidate best{minus_infinity(), NO_TOKEN - 1};
-        if (row < rows && n < N) best = candidate(epilogue.finish(row, n, x), n);
-        if (row < rows && n + 1 < N) best = better(best, candidate(epilogue.finish(row, n + 1, y), n + 1));
+        if (row < rows && n < N) best = candidate(x, n);
+        if (row < rows && n + 1 < N) best = better(best, candidate(y, n + 1));
         for (uint32_t distance = PAIRS / 2; distance > 0; distance /= 2) {
             const Candidate other{__shfl_xor_sync(0xffffffffu, best.logit, distance),
                                   __shfl_xor_sync(0xffffffffu, best.token, distance)};
             best = better(best, other);
         }
-        if (row < rows) {
-            epilogue(row, n, x, y);
-            if (column == 0) best_of_block[row * gridDim.x + blockIdx.x] = best;
-        }
-/*%- else %*/
-        for (uint32_t s = 0; s < SEGMENTS; s++) x += sums[s][row][column], y += sums[s][row][column + 1];
-        epilogue(row, first_tile * TILE_N + column, x, y);
-/*%- endif %*/
+        if (row < rows && column == 0) best_of_block[row * gridDim.x + blockIdx.x] = best;
     }
+/*%- else %*/
+    if (first_row >= ROW_STRIDE) return;
+    for (uint32_t row = first_row; row < rows; row += ROW_STRIDE) {
+        float x = 0.0f, y = 0.0f;
+        for (uint32_t s = 0; s < SEGMENTS; s++) x += sums[s][row][column], y += sums[s][row][column + 1];
+        x = epilogue.finish(row, n, x$(epilogue.bias_argument("x"))$);
+        y = epilogue.finish(row, n + 1, y$(epilogue.bias_argument("y"))$);
+        epilogue.store(row, n, x, y);
+    }
+/*%- endif %*/
 }

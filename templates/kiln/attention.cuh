@@ -58,7 +58,7 @@ KILN_DEVICE void load_queries(Queries<D>& queries, uint32_t half, const void* ro
     const uint32_t c = lane_index() % 4;
     for (uint32_t s = 0; s < D / 16; s++) {
         uint2 q = {0, 0};
-        if (row != nullptr) q = reinterpret_cast<const uint2*>(row)[s * 4 + c];
+        if (row != nullptr) q = load_fresh(reinterpret_cast<const uint2*>(row) + s * 4 + c);
         queries.a[s][half] = q.x;
         queries.a[s][half + 2] = q.y;
     }
@@ -70,20 +70,21 @@ KILN_DEVICE uint32_t keep_first(uint32_t pair, uint32_t first, uint32_t valid) {
     return first < valid ? pair & 0xffffu : 0u;
 }
 
-// Attends to one chunk. `keys(block)` and `values(block)` are the tiles of a head in one of the
-// chunk's blocks (as uint4), read by `load`; only blocks that hold some of the first `present`
-// positions are touched. Row g sees the chunk's first visible[0] positions, row g + 8 visible[1].
-template <typename T, uint32_t D, typename Keys, typename Values, typename Load>
-KILN_DEVICE void attend_chunk(Part<D>& part, const Queries<D>& queries, const Keys& keys, const Values& values,
-                              const Load& load, uint32_t present, const uint32_t (&visible)[2], float scale_log2) {
+// Attends to one chunk. Its keys are at `keys` in shared memory, (CHUNK_BLOCKS, D/16, 256), its values
+// likewise; only blocks that hold some of the first `present` positions are touched. Row g sees the
+// chunk's first visible[0] positions, row g + 8 visible[1]. FULL promises that all positions are there
+// and seen.
+template <typename T, uint32_t D, bool FULL>
+KILN_DEVICE void attend_chunk(Part<D>& part, const Queries<D>& queries, const uint4* keys, const uint4* values,
+                              uint32_t present, const uint32_t (&visible)[2], float scale_log2) {
     const uint32_t lane = lane_index(), c = lane % 4;
     float scores[2 * CHUNK_BLOCKS][4] = {};
 #pragma unroll
     for (uint32_t block = 0; block < CHUNK_BLOCKS; block++) {
-        if (block * BLOCK_TOKENS >= present) continue;
+        if (!FULL && block * BLOCK_TOKENS >= present) continue;
 #pragma unroll
         for (uint32_t s = 0; s < D / 16; s++) {
-            const uint4 k = load(keys(block) + s * 32 + lane);
+            const uint4 k = keys[(block * (D / 16) + s) * 32 + lane];
             mma<T>(scores[2 * block], queries.a[s], k.x, k.y);
             mma<T>(scores[2 * block + 1], queries.a[s], k.z, k.w);
         }
@@ -97,7 +98,7 @@ KILN_DEVICE void attend_chunk(Part<D>& part, const Queries<D>& queries, const Ke
             for (uint32_t i = 0; i < 2; i++) {
                 const uint32_t position = tile / 2 * BLOCK_TOKENS + key_position(tile % 2, 2 * c + i);
                 float& score = scores[tile][2 * half + i];
-                score = position < visible[half] ? score * scale_log2 : minus_infinity();
+                score = FULL || position < visible[half] ? __fmul_rn(score, scale_log2) : minus_infinity();
                 largest = fmaxf(largest, score);
             }
         }
@@ -123,7 +124,7 @@ KILN_DEVICE void attend_chunk(Part<D>& part, const Queries<D>& queries, const Ke
     }
 #pragma unroll
     for (uint32_t block = 0; block < CHUNK_BLOCKS; block++) {
-        if (block * BLOCK_TOKENS >= present) continue;
+        if (!FULL && block * BLOCK_TOKENS >= present) continue;
         const uint32_t valid = present - block * BLOCK_TOKENS;
         const float(&even)[4] = scores[2 * block];
         const float(&odd)[4] = scores[2 * block + 1];
@@ -131,8 +132,8 @@ KILN_DEVICE void attend_chunk(Part<D>& part, const Queries<D>& queries, const Ke
                                pack<T>(odd[2], odd[3])};
 #pragma unroll
         for (uint32_t s = 0; s < D / 16; s++) {
-            uint4 v = load(values(block) + s * 32 + lane);
-            if (valid < BLOCK_TOKENS) {
+            uint4 v = values[(block * (D / 16) + s) * 32 + lane];
+            if (!FULL && valid < BLOCK_TOKENS) {
                 // Positions that nobody wrote may hold anything, and 0 * NaN is NaN.
                 v.x = keep_first(v.x, 4 * c, valid), v.y = keep_first(v.y, 4 * c + 2, valid);
                 v.z = keep_first(v.z, 4 * c, valid), v.w = keep_first(v.w, 4 * c + 2, valid);

@@ -61,18 +61,45 @@ KILN_DEVICE float unpack<bf16>(uint16_t bits) {
 
 // A weight: read once a step, so it is kept out of L1 and leaves L2 first. (The modifier
 // `.L2::evict_first` exists for loads of 32 bytes alone; the policy is a constant after compilation.)
+// Not `.nc`: the compiler takes that for leave to move the load behind `wait_for_previous`.
 KILN_DEVICE uint4 load_weight(const uint4* address) {
     uint64_t evict_first;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address), "l"(evict_first));
     return v;
 }
 
-// 16 bytes that an earlier kernel, or an earlier block of this one, wrote: read from L2.
-KILN_DEVICE uint4 load_shared_by_blocks(const uint4* address) {
+// A parameter that is loaded ahead of `wait_for_previous`, and stays there.
+KILN_DEVICE float load_ahead(const float* address) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+}
+
+// What an earlier kernel, or an earlier block of this one, wrote, and what the step brings: read from
+// L2, never from a line that L1 kept.
+KILN_DEVICE uint32_t load_fresh(const uint32_t* address) {
+    uint32_t v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+    return v;
+}
+
+KILN_DEVICE float load_fresh(const float* address) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
+}
+
+KILN_DEVICE uint2 load_fresh(const uint2* address) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address) : "memory");
+    return v;
+}
+
+KILN_DEVICE uint4 load_fresh(const uint4* address) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -81,9 +108,12 @@ KILN_DEVICE uint4 load_shared_by_blocks(const uint4* address) {
     return v;
 }
 
-KILN_DEVICE float load_shared_by_blocks(const float* address) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+KILN_DEVICE float4 load_fresh(const float4* address) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(address)
+                 : "memory");
     return v;
 }
 
@@ -124,6 +154,19 @@ KILN_DEVICE void mma<bf16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Gives words back as new values. An operand of several `mma` whose words lie apart in registers is
+// otherwise put together again for each of them.
+struct Gather {
+    uint32_t selector;
+
+    KILN_DEVICE Gather() { asm volatile("mov.b32 %0, 0x3210;" : "=r"(selector)); }
+
+    KILN_DEVICE uint32_t operator()(uint32_t word) const { return __byte_perm(word, 0, selector); }
+};
+
+// Sum over the lanes of a warp, all of which take part.
+KILN_DEVICE uint32_t warp_add(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
 
 // 2^x, to two units in the last place.
 KILN_DEVICE float exp2_fast(float x) {

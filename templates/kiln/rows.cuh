@@ -39,7 +39,7 @@ KILN_DEVICE void sum_rows(RowSums<ROWS>& sums, const Row& row, uint32_t count) {
     for (uint32_t r = 0; r < count; r++) {
         float sum = 0.0f;
         for (uint32_t i = threadIdx.x * 4; i < WIDTH; i += THREADS * 4) {
-            float4 x = *reinterpret_cast<const float4*>(row(r) + i);
+            const float4 x = load_fresh(reinterpret_cast<const float4*>(row(r) + i));
             sum += (x.x + x.y) + (x.z + x.w);
         }
         sum = warp_sum(sum);
@@ -50,7 +50,7 @@ KILN_DEVICE void sum_rows(RowSums<ROWS>& sums, const Row& row, uint32_t count) {
         const float mean = row_mean<WIDTH>(sums.elements[r]);
         float sum = 0.0f;
         for (uint32_t i = threadIdx.x * 4; i < WIDTH; i += THREADS * 4) {
-            float4 x = *reinterpret_cast<const float4*>(row(r) + i);
+            const float4 x = load_fresh(reinterpret_cast<const float4*>(row(r) + i));
             const float a = x.x - mean, b = x.y - mean, c = x.z - mean, d = x.w - mean;
             sum += __fmaf_rn(a, a, __fmul_rn(b, b)) + __fmaf_rn(c, c, __fmul_rn(d, d));
         }

@@ -96,6 +96,22 @@ KILN_DEVICE float share(uint32_t rank) { return rank == NO_RANK ? 0.0f : expf(-_
 
 KILN_DEVICE uint64_t share_units(uint32_t rank) { return static_cast<uint64_t>(share(rank) * UNITS); }
 
+// Adds x, at most 2^40, to a bin; whole warps take part. Atomic additions of 64 bits to shared memory are
+// loops of compare-and-swap, and most tokens of a row fall into few bins, so the lanes of one bin are
+// summed first.
+KILN_DEVICE void add_to_bin(uint64_t* bins, uint32_t bin, uint64_t x) {
+    uint32_t left = __ballot_sync(0xffffffffu, x != 0);
+    while (left != 0) {
+        const uint32_t leader = __ffs(left) - 1;
+        const uint32_t bin_of_leader = __shfl_sync(0xffffffffu, bin, leader);
+        const bool mine = x != 0 && bin == bin_of_leader;
+        left &= ~__ballot_sync(0xffffffffu, mine);
+        const uint32_t low = warp_add(mine ? static_cast<uint32_t>(x) & 0xfffffu : 0u);
+        const uint32_t high = warp_add(mine ? static_cast<uint32_t>(x >> 20) : 0u);
+        if (lane_index() == leader) atomicAdd(&bins[bin], low + (static_cast<uint64_t>(high) << 20));
+    }
+}
+
 // The first rank at which the measures of all tokens up to it reach `wanted`; NO_RANK where they never
 // do. `before` becomes the measure of the tokens that rank above it. Eight bits of the rank are decided
 // in each of four passes.
@@ -109,10 +125,11 @@ KILN_DEVICE uint32_t select_rank(SampleScratch& scratch, const Scores& scores, c
         for (uint32_t i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) scratch.bins[i] = 0;
         if (threadIdx.x == 0) scratch.bin = BINS;
         __syncthreads();
-        for (uint32_t token = threadIdx.x; token < scores.row.size; token += SAMPLE_THREADS) {
-            const uint32_t rank = scores.rank(token);
-            const bool inside = shift == 24 || rank >> (shift + 8) == prefix;
-            if (rank < NO_RANK && inside) atomicAdd(&scratch.bins[rank >> shift & 0xff], measure(rank));
+        for (uint32_t first = 0; first < scores.row.size; first += SAMPLE_THREADS) {
+            const uint32_t token = first + threadIdx.x;
+            const uint32_t rank = token < scores.row.size ? scores.rank(token) : NO_RANK;
+            const bool inside = rank < NO_RANK && (shift == 24 || rank >> (shift + 8) == prefix);
+            add_to_bin(scratch.bins, rank >> shift & 0xff, inside ? measure(rank) : 0);
         }
         __syncthreads();
         const uint64_t own = threadIdx.x < BINS ? scratch.bins[threadIdx.x] : 0;

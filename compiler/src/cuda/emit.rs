@@ -65,6 +65,23 @@ impl NormText {
     fn bias<'a>(&self, expression: &'a str) -> &'a str {
         if self.bias { expression } else { "0.0f" }
     }
+
+    /// Four weights from `k` on.
+    fn weight4(&self, pointer: &str) -> String {
+        four(self.weight, pointer, "1.0f")
+    }
+
+    fn bias4(&self, pointer: &str) -> String {
+        four(self.bias, pointer, "0.0f")
+    }
+}
+
+fn four(present: bool, pointer: &str, default: &str) -> String {
+    if present {
+        format!("*reinterpret_cast<const float4*>({pointer} + k)")
+    } else {
+        format!("float4{{{default}, {default}, {default}, {default}}}")
+    }
 }
 
 /// The rows that a kernel reads.
@@ -80,6 +97,16 @@ pub(super) struct Input {
 }
 
 impl Input {
+    /// The same rows once they have been normalised, converted and put in order.
+    pub fn prepared(self) -> Input {
+        Input {
+            f32: false,
+            mapped: false,
+            norm: None,
+            ..self
+        }
+    }
+
     /// Index of the row of the buffer that is row `row` of the kernel.
     fn row(&self, row: &str) -> String {
         if self.mapped {
@@ -164,12 +191,25 @@ impl Epilogue {
         words.join(", ")
     }
 
+    fn bias_phrase(&self) -> &'static str {
+        if self.bias { " and its bias" } else { "" }
+    }
+
+    fn bias_parameter(&self) -> &'static str {
+        if self.bias { ", float bias" } else { "" }
+    }
+
+    fn bias_argument(&self, which: &str) -> String {
+        if self.bias {
+            format!(", bias_{which}")
+        } else {
+            String::new()
+        }
+    }
+
     /// The initialiser of the source's `Epilogue`, in the order of its fields.
     fn values(&self) -> String {
         let mut values = vec![];
-        if self.bias {
-            values.push("bias");
-        }
         if let Some(norm) = &self.residual {
             values.push("residual");
             if let Some(norm) = norm {
@@ -208,13 +248,11 @@ impl LinearText<'_> {
         self.epilogue.values()
     }
 
-    /// Bound of the loop over pairs of outputs. Where a warp's lanes search together, all of them
-    /// stay in the loop.
-    fn pair_bound(&self) -> &'static str {
-        if self.epilogue.best() {
-            "(rows * PAIRS + 31) / 32 * 32"
+    fn k_guard(&self) -> &'static str {
+        if self.k.is_multiple_of(32) {
+            ""
         } else {
-            "rows * PAIRS"
+            " || k >= K"
         }
     }
 }

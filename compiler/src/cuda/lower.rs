@@ -13,7 +13,7 @@ use kiln_bundle::{
     Phase, Program, Residual, RowKind, Rows, TILE_QUERIES,
     packing::{TILE_K, TILE_N},
 };
-use std::collections::HashMap;
+use std::{cmp::Reverse, collections::HashMap};
 
 /// Threads of a block of the kernels that work on rows: `THREADS` in `rows.cuh`.
 const THREADS: u32 = 256;
@@ -23,12 +23,19 @@ const SEGMENTS: u32 = THREADS / 32;
 const SAMPLE_THREADS: u32 = 512;
 /// Positions that a warp attends to at a time: `CHUNK` in `attention.cuh`.
 const CHUNK: u32 = 64;
-/// Chunks of a block of decode attention.
-const BLOCK_CHUNKS: u32 = 4;
+/// Most shared memory of a block, which all targets have.
+const SMEM_BYTES: u32 = 96 << 10;
+/// Most rows of f32 that each block prepares for itself, and most shared memory that they take.
+const STAGED_ROWS: u32 = 8;
+const STAGED_BYTES: u32 = 80 << 10;
 /// Most rows of the kernel for few rows. Above it, weights are read once for a whole block of rows.
 const FEW_ROWS: u32 = 64;
+/// Row bounds of the kernels for few rows.
+const ROW_BOUNDS: [u32; 5] = [1, 8, 16, 32, FEW_ROWS];
 /// Blocks that fill a large GPU twice over: 132 multiprocessors.
 const FULL_GRID: u32 = 264;
+/// Fewest blocks that keep it busy.
+const BUSY_GRID: u32 = 200;
 /// Weight vectors that a lane has under way: with two blocks of 256 threads a multiprocessor, 64 KiB.
 const WEIGHTS_IN_FLIGHT: u32 = 8;
 /// The same where several tiles of rows take their share of the registers.
@@ -291,14 +298,20 @@ struct FewRows {
 }
 
 impl FewRows {
-    /// The shape of tiles decides how fast, never what: every shape sums in the same order.
-    fn new(rows: u32, k: u32, n: u32) -> FewRows {
-        let rows = rows.max(8).next_power_of_two();
+    /// The shape of tiles decides how fast, never what: every shape sums in the same order. Where
+    /// lanes search together for the best of their outputs, their number is a power of two.
+    fn new(rows: u32, k: u32, n: u32, search: bool) -> FewRows {
+        let bound = ROW_BOUNDS.into_iter().find(|&bound| rows <= bound);
+        let rows = bound.unwrap_or(FEW_ROWS);
         let row_tiles = rows.div_ceil(16);
         let n_tiles = n.div_ceil(TILE_N as u32);
-        let tiles = [4, 2]
-            .into_iter()
-            .find(|tiles| n_tiles / tiles >= FULL_GRID && tiles * row_tiles <= 8)
+        // Time goes by whole waves of blocks; of equals, larger blocks share more.
+        let waves = |tiles: u32| n_tiles.div_ceil(tiles).div_ceil(FULL_GRID) * tiles;
+        let tiles = (2..=4)
+            .filter(|&tiles| !(search && tiles == 3))
+            .filter(|&tiles| tiles * row_tiles <= 8 && n_tiles.div_ceil(tiles) >= BUSY_GRID)
+            .chain([1])
+            .min_by_key(|&tiles| (waves(tiles), Reverse(tiles)))
             .unwrap_or(1);
         let segment = k.div_ceil(TILE_K as u32).div_ceil(SEGMENTS);
         let in_flight = match row_tiles {
@@ -408,7 +421,7 @@ impl Lowering<'_> {
         if let Some(head) = head
             && rows <= FEW_ROWS
         {
-            let blocks = FewRows::new(rows, head.in_features, head.out_features).blocks;
+            let blocks = FewRows::new(rows, head.in_features, head.out_features, true).blocks;
             let bytes = u64::from(rows) * u64::from(blocks) * 8;
             let offset_bytes = self.temporary(bytes);
             self.kept_bytes = self.temporary_bytes;
@@ -524,20 +537,29 @@ impl Lowering<'_> {
         &mut self,
         linear: &Linear,
         rows: u32,
-        input: Input,
+        mut input: Input,
         output: Output,
         layer: Option<u32>,
     ) -> Result<(), LowerError> {
         let (k, n) = (linear.in_features, linear.out_features);
-        let tiles = FewRows::new(rows, k, n);
+        let tiles = FewRows::new(rows, k, n, output == Output::Logits);
         let epilogue = epilogue(linear, output, true);
+        // Each block prepares rows of f32 for itself while they are few; more than that are better
+        // prepared once, by a kernel of their own.
+        let mut source = Argument::Buffer(linear.input);
+        let staged_bytes = k.next_multiple_of(TILE_K as u32) * 2 * tiles.rows;
+        let mut smem_bytes = 0;
+        if input.f32 && tiles.rows <= STAGED_ROWS && staged_bytes <= STAGED_BYTES {
+            smem_bytes = staged_bytes;
+        } else if input.f32 {
+            source = self.rows(&input, source, linear.norm.as_ref(), rows, k, "T")?;
+            input = input.prepared();
+        }
         let mut parameters = Parameters::new();
         parameters.weight("const uint4* __restrict__ weight", &linear.weight);
-        parameters.add(
-            format!("const {}* __restrict__ input", self.type_of(linear.input)),
-            Argument::Buffer(linear.input),
-        );
-        if let Some(norm) = &linear.norm {
+        let input_type = if input.f32 { "float" } else { "T" };
+        parameters.add(format!("const {input_type}* input"), source);
+        if let Some(norm) = linear.norm.as_ref().filter(|_| input.norm.is_some()) {
             parameters.norm("norm", norm);
         }
         let residual = linear.residual.as_ref();
@@ -565,7 +587,7 @@ impl Lowering<'_> {
         );
         let summary = summary(&input, linear, &epilogue);
         let (list, element) = (parameters.list(), self.element);
-        let image = self.kernels.add(&name, THREADS, 0, |entry| {
+        let image = self.kernels.add(&name, THREADS, smem_bytes, |entry| {
             emit::render(&LinearText {
                 entry,
                 parameters: &list,
@@ -599,12 +621,7 @@ impl Lowering<'_> {
         let mut source = Argument::Buffer(linear.input);
         if input.f32 || input.norm.is_some() {
             source = self.rows(&input, source, linear.norm.as_ref(), rows, k, "T")?;
-            input = Input {
-                f32: false,
-                mapped: false,
-                norm: None,
-                ..input
-            };
+            input = input.prepared();
         }
         let residual = match &linear.residual {
             None => None,
@@ -625,7 +642,7 @@ impl Lowering<'_> {
         };
         let mut parameters = Parameters::new();
         parameters.weight("const uint4* __restrict__ weight", &linear.weight);
-        parameters.add("const T* __restrict__ input", source);
+        parameters.add("const T* input", source);
         self.epilogue_parameters(&mut parameters, linear, &epilogue, residual, layer);
         let name = format!(
             "gemm_{k}x{n}_b{}x{}{}_{}",
@@ -679,7 +696,7 @@ impl Lowering<'_> {
         let offset_bytes = self.temporary(u64::from(rows) * u64::from(width) * element_bytes);
         let to = Argument::Workspace { offset_bytes };
         let mut parameters = Parameters::new();
-        parameters.add("const float* __restrict__ input", from);
+        parameters.add("const float* input", from);
         if let Some(norm) = norm {
             parameters.norm("norm", norm);
         }
@@ -726,7 +743,7 @@ impl Lowering<'_> {
             parameters.weight("const float* __restrict__ bias", name);
         }
         if let Some(argument) = residual {
-            parameters.add("const float* __restrict__ residual", argument);
+            parameters.add("const float* residual", argument);
         }
         let out_type = match epilogue.output {
             Output::F32 | Output::Logits => "float",
@@ -748,13 +765,20 @@ impl Lowering<'_> {
     ) -> Result<(), LowerError> {
         let (heads, head_dim) = (self.model.heads, self.model.head_dim);
         let sequences = self.bounds.max_sequences;
-        let groups = self.bounds.max_kv_len.div_ceil(CHUNK * BLOCK_CHUNKS);
-        let parts = u64::from(sequences) * u64::from(heads) * u64::from(groups * BLOCK_CHUNKS);
+        // A warp a chunk, as many as have room for their keys and values.
+        let chunk_bytes = 2 * CHUNK * head_dim * self.element_bytes as u32;
+        let chunks = if 4 * chunk_bytes <= SMEM_BYTES * 2 / 3 {
+            4
+        } else {
+            2
+        };
+        let groups = self.bounds.max_kv_len.div_ceil(CHUNK * chunks);
+        let parts = u64::from(sequences) * u64::from(heads) * u64::from(groups * chunks);
         let offset_bytes = self.temporary(parts * u64::from(head_dim + 2) * 4);
         self.counters = self.counters.max(sequences * heads);
         let mut parameters = Parameters::new();
-        parameters.add("const T* __restrict__ queries", Argument::Buffer(q));
-        parameters.add("const T* __restrict__ kv", Argument::KvLayer(layer));
+        parameters.add("const T* queries", Argument::Buffer(q));
+        parameters.add("const T* kv", Argument::KvLayer(layer));
         parameters.add("T* __restrict__ out", Argument::Buffer(out));
         parameters.add("ChunkPart* workspace", Argument::Workspace { offset_bytes });
         parameters.add("uint32_t* counters", Argument::Counters);
@@ -764,19 +788,21 @@ impl Lowering<'_> {
             heads * head_dim
         );
         let (list, element, block_stride) = (parameters.list(), self.element, self.block_stride());
-        let image = self.kernels.add(&name, BLOCK_CHUNKS * 32, 0, |entry| {
-            emit::render(&AttentionDecodeText {
-                entry,
-                parameters: &list,
-                summary: &summary,
-                element,
-                heads,
-                head_dim,
-                scale: number(scale),
-                chunks: BLOCK_CHUNKS,
-                block_stride,
-            })
-        })?;
+        let image = self
+            .kernels
+            .add(&name, chunks * 32, chunks * chunk_bytes, |entry| {
+                emit::render(&AttentionDecodeText {
+                    entry,
+                    parameters: &list,
+                    summary: &summary,
+                    element,
+                    heads,
+                    head_dim,
+                    scale: number(scale),
+                    chunks,
+                    block_stride,
+                })
+            })?;
         self.launch(image, [heads, sequences, groups], parameters);
         Ok(())
     }
@@ -790,8 +816,8 @@ impl Lowering<'_> {
     ) -> Result<(), LowerError> {
         let (heads, head_dim) = (self.model.heads, self.model.head_dim);
         let mut parameters = Parameters::new();
-        parameters.add("const T* __restrict__ queries", Argument::Buffer(q));
-        parameters.add("const T* __restrict__ kv", Argument::KvLayer(layer));
+        parameters.add("const T* queries", Argument::Buffer(q));
+        parameters.add("const T* kv", Argument::KvLayer(layer));
         parameters.add("T* __restrict__ out", Argument::Buffer(out));
         let name = format!("attention_prefill_h{heads}_d{head_dim}_{}", self.element);
         let summary = format!(
@@ -822,10 +848,10 @@ impl Lowering<'_> {
     fn sample(&mut self, logits: BufferId) -> Result<(), LowerError> {
         let vocab_size = self.model.vocab_size;
         let mut parameters = Parameters::new();
-        parameters.add("const float* __restrict__ logits", Argument::Buffer(logits));
+        parameters.add("const float* logits", Argument::Buffer(logits));
         if let Some(Best { offset_bytes, .. }) = self.best {
             parameters.add(
-                "const Candidate* __restrict__ best_of_block",
+                "const Candidate* best_of_block",
                 Argument::Workspace { offset_bytes },
             );
         }

@@ -216,10 +216,11 @@ fn every_function_of_ptx_compiles_for_every_target() {
         }
         let text = sass(&kernel.cubin);
         let opcodes = opcodes(&text);
-        // Weights come 16 bytes at a time, they and the copies past L1.
+        // Weights come 16 bytes at a time, they and the copies past L1. Nothing is declared to be
+        // constant, which would let it move behind the wait.
         assert_eq!(count(&opcodes, "LDG", "NA"), 2, "{arch}: {text}");
-        assert_eq!(count(&opcodes, "LDG", "CONSTANT"), 2, "{arch}: {text}");
-        assert_eq!(count(&opcodes, "LDG", "128"), 4, "{arch}: {text}");
+        assert_eq!(count(&opcodes, "LDG", "CONSTANT"), 0, "{arch}: {text}");
+        assert_eq!(count(&opcodes, "LDG", "128"), 6, "{arch}: {text}");
         assert_eq!(count(&opcodes, "LDGSTS", "BYPASS"), 2, "{arch}: {text}");
         assert_eq!(count(&opcodes, "HMMA", "16816"), 2, "{arch}: {text}");
         assert_eq!(count(&opcodes, "HMMA", "BF16"), 1, "{arch}: {text}");

@@ -42,8 +42,9 @@ KILN_DEVICE float unpack<bf16>(uint16_t bits) {
 }
 
 namespace emulation {
-inline void check_alignment(const void* address, const char* what) {
-    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) fail("%s of an address that is no multiple of 16", what);
+template <unsigned BYTES = 16>
+void check_alignment(const void* address, const char* what) {
+    if (reinterpret_cast<uintptr_t>(address) % BYTES != 0) fail("%s of an address that is no multiple of %u", what, BYTES);
 }
 }  // namespace emulation
 
@@ -52,12 +53,26 @@ KILN_DEVICE uint4 load_weight(const uint4* address) {
     return *address;
 }
 
-KILN_DEVICE uint4 load_shared_by_blocks(const uint4* address) {
-    emulation::check_alignment(address, "load_shared_by_blocks");
+KILN_DEVICE float load_ahead(const float* address) { return *address; }
+
+KILN_DEVICE uint32_t load_fresh(const uint32_t* address) { return *address; }
+
+KILN_DEVICE float load_fresh(const float* address) { return *address; }
+
+KILN_DEVICE uint2 load_fresh(const uint2* address) {
+    emulation::check_alignment<8>(address, "load_fresh");
     return *address;
 }
 
-KILN_DEVICE float load_shared_by_blocks(const float* address) { return *address; }
+KILN_DEVICE uint4 load_fresh(const uint4* address) {
+    emulation::check_alignment(address, "load_fresh");
+    return *address;
+}
+
+KILN_DEVICE float4 load_fresh(const float4* address) {
+    emulation::check_alignment(address, "load_fresh");
+    return *address;
+}
 
 KILN_DEVICE void copy_async(void* shared, const void* global, bool exists) {
     emulation::check_alignment(shared, "copy_async");
@@ -91,6 +106,15 @@ template <>
 KILN_DEVICE void mma<bf16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulation::Mma operand = {sum, a, {b0, b1}};
     emulation::collective(emulation::complete_mma_bf16, ~0u, &operand, "mma<bf16>", __FILE__, __LINE__);
+}
+
+struct Gather {
+    KILN_DEVICE uint32_t operator()(uint32_t word) const { return word; }
+};
+
+KILN_DEVICE uint32_t warp_add(uint32_t x) {
+    for (uint32_t distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
 }
 
 // Subnormal numbers are zeros, as for `ex2.approx.ftz`.
