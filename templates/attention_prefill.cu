@@ -66,8 +66,8 @@ $(entry)$($(parameters)$) {
         const uint4* const keys = stage;
         const uint4* const values = stage + CHUNK_BLOCKS * BLOCK_VECTORS;
         const uint32_t visible[2] = {limit[0] > first ? limit[0] - first : 0, limit[1] > first ? limit[1] - first : 0};
-        // Most chunks lie before all of the warp's rows.
-        const bool full = first + CHUNK <= sequence.past_len + tile.first_row + warp_row + 1 &&
+        // Most chunks lie before all of the warp's rows. (Larger heads leave no registers for a second path.)
+        const bool full = D <= 80 && first + CHUNK <= sequence.past_len + tile.first_row + warp_row + 1 &&
                           tile.first_row + warp_row + 16 <= end;
         Part<D> part;
         if (full) {

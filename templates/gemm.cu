@@ -90,6 +90,7 @@ $(entry)$($(parameters)$) {
     const uint32_t warp_row = warp % WARPS_M * WARP_M, warp_n = warp / WARPS_M * WARP_N;
     const Gather gather;
     float total[WARP_M / 16][WARP_N / TILE_N][4] = {};
+#pragma unroll 1
     for (uint32_t segment = 0; segment < SEGMENTS; segment++) {
         float sum[WARP_M / 16][WARP_N / TILE_N][4] = {};
         const uint32_t end = segment_start(segment + 1, K_TILES);

@@ -18,7 +18,7 @@ KILN_DEVICE void everything(const uint4* weights, const uint4* x, const float* p
     uint4 b = copied[31 - lane];
     uint4 c = load_fresh(x + lane);
     float sum[4] = {0, 0, 0, 0};
-    const float4 d = load_fresh(reinterpret_cast<const float4*>(x) + lane);
+    const float4 d = load_fresh(reinterpret_cast<const float4*>(partials) + lane);
     const uint2 e = load_fresh(reinterpret_cast<const uint2*>(x) + lane);
     const Gather gather;
     const uint32_t a[4] = {gather(w.x), gather(w.y), gather(w.z), gather(w.w) + load_fresh(counter) + e.x + e.y};
