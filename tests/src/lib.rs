@@ -5,6 +5,7 @@
 
 pub mod conformance;
 pub mod emulation;
+pub mod generation;
 
 use kiln_compiler::{CompileOptions, Model, Silent, compile};
 use safetensors::{SafeTensors, tensor::TensorView};

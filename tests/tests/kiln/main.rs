@@ -8,5 +8,6 @@ mod cpu_parity;
 mod documents;
 mod emulation;
 mod generate;
+mod generation;
 mod hostile_bundles;
 mod programs;
