@@ -8,11 +8,13 @@ use crate::device::{
     self, Device, DeviceError, DeviceFacts, LoadOptions, Observe, Step, StepId, StepOutput,
 };
 use crate::request::{Request, RequestError, Room};
+use crate::sampling::{Rules, Suppression};
 use crate::scheduler::{NewSequence, Plan, Planned, Scheduler, SequenceId};
 use crate::tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};
 use kiln_bundle::{Bundle, Executable, Manifest, ModelInfo, Phase};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Names a request of an engine; later ones are larger.
@@ -281,15 +283,24 @@ impl Engine {
             .sampling
             .seed
             .unwrap_or_else(|| self.seeds.hash_one(id.0));
-        let ending = [self.model.eos_token_ids.as_slice(), &request.stop_token_ids].concat();
+        let eos = &self.model.eos_token_ids;
+        let ending = [eos.as_slice(), &request.stop_token_ids].concat();
+        let prompt_len = prompt_ids.len();
+        let min_new_tokens = request.min_new_tokens(prompt_len);
+        let processors = &request.processors;
         self.scheduler.add(
             SequenceId(id.0),
             NewSequence {
                 prompt_ids: prompt_ids.clone(),
                 max_new_tokens: max_new_tokens as usize,
-                min_new_tokens: request.min_new_tokens as usize,
-                suppressed_ids: ending,
                 params: request.sampling.with_seed(seed),
+                suppression: Suppression::new(processors, prompt_len, &ending, min_new_tokens),
+                rules: Arc::new(Rules {
+                    processors: processors.clone(),
+                    prompt_len,
+                    max_new_tokens,
+                    eos_token_ids: eos.clone(),
+                }),
                 observe: request.observe,
             },
         );
@@ -557,7 +568,7 @@ mod tests {
     use super::*;
     use crate::kv::blocks_for;
     use crate::request::Prompt;
-    use crate::sampler::{Draw, Sampler, SamplingParams};
+    use crate::sampling::{Draw, Processors, Sampler, SamplingParams};
     use crate::testing::{EOS, FakeDevice, HIDDEN, LAYERS, VOCAB, manifest};
     use crate::tokenizer::tests::byte_tokenizer;
 
@@ -603,12 +614,28 @@ mod tests {
                     top_p: 0.9,
                     min_p: 0.01,
                     seed: Some(7),
+                    ..SamplingParams::GREEDY
                 };
             }
             request.observe = Observe {
                 logits: i % 5 == 1,
                 hidden_states: i % 5 < 2,
             };
+            match i % 4 {
+                1 => request.processors.repetition_penalty = 1.5,
+                2 => {
+                    request.processors = Processors {
+                        no_repeat_ngram_size: 1,
+                        presence_penalty: 0.5,
+                        suppress_tokens: (100..200).collect(),
+                        begin_suppress_tokens: (0..100).collect(),
+                        ..Processors::NONE
+                    };
+                    request.min_length = 30;
+                }
+                3 => request.processors.forced_eos_token_id = Some(77),
+                _ => {}
+            }
             request
         };
         lengths.iter().enumerate().map(request).collect()
@@ -620,14 +647,29 @@ mod tests {
             unreachable!()
         };
         let prompt_len = history.len();
-        for index in 0..request.max_new_tokens.unwrap() {
+        let rules = Arc::new(Rules {
+            processors: request.processors.clone(),
+            prompt_len,
+            max_new_tokens: request.max_new_tokens.unwrap(),
+            eos_token_ids: vec![EOS],
+        });
+        for index in 0..rules.max_new_tokens {
             let params = request
                 .sampling
                 .with_seed(request.sampling.seed.unwrap_or(0));
+            let mut suppressed = request.processors.suppress_tokens.clone();
+            if index == 0 {
+                suppressed.extend(&request.processors.begin_suppress_tokens);
+            }
+            if (history.len() as u32) < request.min_length {
+                suppressed.push(EOS);
+            }
             let draw = Draw {
                 params,
                 index,
-                suppressed_ids: &[],
+                suppressed_ids: &suppressed,
+                rules: Some(&rules),
+                history: &history,
             };
             let token = Sampler::default()
                 .sample(&FakeDevice::logits(&history), &draw)

@@ -8,7 +8,7 @@ pub mod device;
 mod engine;
 mod kv;
 mod request;
-mod sampler;
+mod sampling;
 mod scheduler;
 #[cfg(test)]
 mod testing;
@@ -21,5 +21,5 @@ pub use engine::{
 };
 pub use kv::{BlockPool, blocks_for};
 pub use request::{DEFAULT_MAX_NEW_TOKENS, Prompt, Request, RequestError};
-pub use sampler::{Draw, DrawParams, Sampler, SamplingParams};
+pub use sampling::{Draw, DrawParams, Processors, Rules, Sampler, SamplingParams, SequenceBias};
 pub use tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};

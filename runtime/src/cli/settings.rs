@@ -57,6 +57,7 @@ impl Settings {
                 top_p: self.top_p.unwrap_or(greedy.top_p),
                 min_p: self.min_p.unwrap_or(greedy.min_p),
                 seed: self.seed,
+                ..greedy
             },
             stop: self.stop.clone(),
             stop_token_ids: self.stop_token_ids.clone(),
