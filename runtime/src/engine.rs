@@ -8,7 +8,7 @@ use crate::device::{
     self, Device, DeviceError, DeviceFacts, LoadOptions, Observe, Step, StepId, StepOutput,
 };
 use crate::request::{Request, RequestError, Room};
-use crate::sampling::{Rules, Suppression};
+use crate::sampling::{Logprobs, Rules, Suppression, TokenLogprob};
 use crate::scheduler::{NewSequence, Plan, Planned, Scheduler, SequenceId};
 use crate::tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};
 use kiln_bundle::{Bundle, Executable, Manifest, ModelInfo, Phase};
@@ -83,6 +83,8 @@ pub struct Completion {
     pub text: String,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// Of its tokens, where asked for.
+    pub logprobs: Option<Logprobs>,
     /// (P + new tokens, V), where observed.
     pub logits: Vec<f32>,
     /// (L+1, P + new tokens, C), where observed.
@@ -180,6 +182,7 @@ struct Active {
     stream: TextStream,
     /// Set when its last token is known; it may still be waiting for rows to observe.
     finish_reason: Option<FinishReason>,
+    logprobs: Option<Logprobs>,
     logits: Vec<f32>,
     /// By layer.
     hidden_states: Vec<Vec<f32>>,
@@ -302,6 +305,8 @@ impl Engine {
                     eos_token_ids: eos.clone(),
                 }),
                 observe: request.observe,
+                see_draws: request.logprobs.is_some(),
+                see_prompt: request.scores_prompt(),
             },
         );
         let active = Active {
@@ -311,6 +316,7 @@ impl Engine {
             text: String::new(),
             stream: TextStream::new(request.stop.clone()),
             finish_reason: (max_new_tokens == 0).then_some(FinishReason::Length),
+            logprobs: request.logprobs.map(|_| Logprobs::default()),
             logits: Vec::new(),
             hidden_states: vec![Vec::new(); self.model.layers as usize + 1],
             observed: 0,
@@ -373,6 +379,7 @@ impl Engine {
         let output = self.device.collect(id)?;
         self.count(&plan, submitted);
         self.observe(&plan, &output);
+        self.score(&plan, &output);
         for (id, token) in self.scheduler.collect(&plan, &output.tokens) {
             match token {
                 Some(token) => self.take_token(id, token, &mut events)?,
@@ -441,6 +448,54 @@ impl Engine {
             }
             first_token += planned.len;
             first_row += rows;
+        }
+    }
+
+    /// Notes the log-probabilities of a step's tokens: those chosen, and those of prompts.
+    fn score(&mut self, plan: &Plan, output: &StepOutput) {
+        let vocab_size = self.model.vocab_size as usize;
+        let row = |index: usize| {
+            output
+                .logits
+                .get(index * vocab_size..(index + 1) * vocab_size)
+        };
+        let (mut end, mut tokens) = (0, output.tokens.iter());
+        for planned in &plan.sequences {
+            let rows = planned.logit_rows.count(planned.len);
+            let first = end;
+            end += rows;
+            let chosen = match planned.draws {
+                true => tokens.next().copied().flatten(),
+                false => None,
+            };
+            let Some(active) = self.active.get_mut(&planned.id) else {
+                continue;
+            };
+            let (Some(logprobs), Some(top)) = (&mut active.logprobs, active.request.logprobs)
+            else {
+                continue;
+            };
+            let top = top as usize;
+            if active.request.scores_prompt() {
+                // The row after position p is that of the token at p + 1. A preempted sequence is fed
+                // again: each position counts once.
+                let start = planned.start + planned.len - rows;
+                for (index, position) in (first..end).zip(start + 1..) {
+                    let next = active.prompt_ids.get(position);
+                    if position == logprobs.prompt.len() + 1
+                        && let (Some(&id), Some(row)) = (next, row(index))
+                    {
+                        logprobs.prompt.push(TokenLogprob::new(row, id, top));
+                    }
+                }
+            }
+            // A token that comes after the last is dropped.
+            if active.finish_reason.is_none()
+                && let Some(id) = chosen
+                && let Some(row) = end.checked_sub(1).and_then(row)
+            {
+                logprobs.generated.push(TokenLogprob::new(row, id, top));
+            }
         }
     }
 
@@ -516,6 +571,9 @@ impl Engine {
             if active.request.observe != Observe::default() && active.observed < active.len() {
                 continue;
             }
+            if active.lacks_prompt_logprobs() {
+                continue;
+            }
             self.scheduler.remove(planned.id);
             if let Some(active) = self.active.remove(&planned.id) {
                 let completion = active.into_completion(RequestId(planned.id.0), reason);
@@ -529,6 +587,12 @@ impl Active {
     /// Tokens of prompt and generation.
     fn len(&self) -> usize {
         self.prompt_ids.len() + self.ids.len()
+    }
+
+    fn lacks_prompt_logprobs(&self) -> bool {
+        let wanted = self.request.scores_prompt();
+        let logprobs = self.logprobs.as_ref().filter(|_| wanted);
+        logprobs.is_some_and(|logprobs| logprobs.prompt.len() + 1 < self.prompt_ids.len())
     }
 
     /// Which of the tokens that a step fed have positions not observed before: a part of
@@ -553,6 +617,7 @@ impl Active {
             ids: self.ids,
             text: self.text,
             finish_reason,
+            logprobs: self.logprobs,
             logits: self.logits,
             hidden_states: self.hidden_states.concat(),
             timing: Timing {
@@ -617,6 +682,8 @@ mod tests {
                     ..SamplingParams::GREEDY
                 };
             }
+            request.logprobs = [None, Some(0), Some(3)][i as usize % 3];
+            request.echo = i % 2 == 1;
             request.observe = Observe {
                 logits: i % 5 == 1,
                 hidden_states: i % 5 < 2,
@@ -682,6 +749,25 @@ mod tests {
         history.split_off(prompt_len)
     }
 
+    /// The log-probabilities that a request must report, by the model alone.
+    fn check_logprobs(request: &Request, completion: &Completion) {
+        let Some(top) = request.logprobs else {
+            assert_eq!(completion.logprobs, None);
+            return;
+        };
+        let all = [completion.prompt_ids.as_slice(), &completion.ids].concat();
+        let expect = |positions: std::ops::Range<usize>| -> Vec<TokenLogprob> {
+            positions
+                .map(|p| TokenLogprob::new(&FakeDevice::logits(&all[..p]), all[p], top as usize))
+                .collect()
+        };
+        let prompt_len = completion.prompt_ids.len();
+        let logprobs = completion.logprobs.as_ref().unwrap();
+        assert_eq!(logprobs.generated, expect(prompt_len..all.len()));
+        let prompt = if request.echo { 1..prompt_len } else { 0..0 };
+        assert_eq!(logprobs.prompt, expect(prompt));
+    }
+
     fn check_rows(request: &Request, completion: &Completion) {
         let all = [completion.prompt_ids.as_slice(), &completion.ids].concat();
         if request.observe.logits {
@@ -724,6 +810,7 @@ mod tests {
                         "{max_batch} {kv_blocks} {depth}"
                     );
                     check_rows(request, completion);
+                    check_logprobs(request, completion);
                 }
                 assert_eq!(engine.scheduler.free(), (kv_blocks, max_batch as usize));
             }
@@ -837,6 +924,23 @@ mod tests {
         assert!(completion.ids.is_empty() && completion.text.is_empty());
         assert_eq!(completion.finish_reason, FinishReason::Length);
         check_rows(&request, &completion);
+    }
+
+    #[test]
+    fn the_logprobs_of_a_prompt_need_no_generation() {
+        for depth in [0, 1] {
+            for len in [1, 2, 45] {
+                let mut engine = engine(2, 40, depth);
+                let mut request = Request::new(Prompt::Ids((0..len).collect()));
+                request.max_new_tokens = Some(0);
+                request.logprobs = Some(2);
+                request.echo = true;
+                engine.submit(request.clone()).unwrap();
+                let completion = run(&mut engine).remove(0);
+                assert!(completion.ids.is_empty());
+                check_logprobs(&request, &completion);
+            }
+        }
     }
 
     #[test]

@@ -21,5 +21,8 @@ pub use engine::{
 };
 pub use kv::{BlockPool, blocks_for};
 pub use request::{DEFAULT_MAX_NEW_TOKENS, Prompt, Request, RequestError};
-pub use sampling::{Draw, DrawParams, Processors, Rules, Sampler, SamplingParams, SequenceBias};
+pub use sampling::{
+    Draw, DrawParams, Logprobs, MAX_LOGPROBS, Processors, Rules, Sampler, SamplingParams,
+    SequenceBias, TokenLogprob, ranges,
+};
 pub use tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};

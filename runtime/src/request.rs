@@ -3,7 +3,7 @@
 use crate::device::Observe;
 use crate::kv::blocks_for;
 use crate::sampling::ranges::{BIAS, CUTOFF, FACTOR, MIN_P, PENALTY, Range, TEMPERATURE, TOP_P};
-use crate::sampling::{Processors, SamplingParams};
+use crate::sampling::{MAX_LOGPROBS, Processors, SamplingParams};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use kiln_bundle::ModelInfo;
 
@@ -41,6 +41,10 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Goes on after an end-of-sequence token.
     pub ignore_eos: bool,
+    /// Reports the log-probability of every generated token, and so many of the likeliest in its place.
+    pub logprobs: Option<u32>,
+    /// With `logprobs`, reports those of the prompt too.
+    pub echo: bool,
     /// What to report for every position of prompt and generation.
     pub observe: Observe,
 }
@@ -58,6 +62,8 @@ impl Request {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            logprobs: None,
+            echo: false,
             observe: Observe::default(),
         }
     }
@@ -121,7 +127,10 @@ pub enum RequestError {
         kv_blocks: usize,
     },
     /// Nothing is asked for.
-    #[error("max_new_tokens is 0 and neither logits nor hidden states are asked for")]
+    #[error(
+        "max_new_tokens is 0 and neither logits, hidden states nor the prompt's logprobs (logprobs and \
+         echo) are asked for"
+    )]
     NothingToDo,
     /// A parameter outside its range, which others may narrow.
     #[error("{name} is {found}; it must be {needed}")]
@@ -153,6 +162,16 @@ impl Request {
         self.min_new_tokens.max(of_length)
     }
 
+    /// Whether the log-probabilities of the prompt are wanted.
+    pub(crate) fn scores_prompt(&self) -> bool {
+        self.echo && self.logprobs.is_some()
+    }
+
+    /// Whether the prompt alone gives a result.
+    fn reads_prompt(&self) -> bool {
+        self.observe != Observe::default() || self.scores_prompt()
+    }
+
     /// What is wrong with the request whatever it runs on: parameters out of range or at odds with each
     /// other.
     ///
@@ -168,7 +187,11 @@ impl Request {
                 "a string of at least one character",
             ));
         }
-        if self.max_new_tokens == Some(0) && self.observe == Observe::default() {
+        if let Some(logprobs) = self.logprobs.filter(|&logprobs| logprobs > MAX_LOGPROBS) {
+            let needed = format!("from 0 to {MAX_LOGPROBS}");
+            return Err(parameter("logprobs", logprobs, needed));
+        }
+        if self.max_new_tokens == Some(0) && !self.reads_prompt() {
             return Err(RequestError::NothingToDo);
         }
         if let Some(most) = self
@@ -211,7 +234,7 @@ impl Request {
         let max_new_tokens = self
             .max_new_tokens
             .unwrap_or(DEFAULT_MAX_NEW_TOKENS.min(left));
-        if max_new_tokens == 0 && self.observe == Observe::default() {
+        if max_new_tokens == 0 && !self.reads_prompt() {
             return Err(RequestError::PromptTooLong { found, limit });
         }
         if max_new_tokens > left {
@@ -445,6 +468,13 @@ mod tests {
                 ..ids(&[1])
             },
             "min_new_tokens is 9",
+        );
+        check(
+            Request {
+                logprobs: Some(21),
+                ..ids(&[1])
+            },
+            "logprobs is 21; it must be from 0 to 20",
         );
         check(
             Request {

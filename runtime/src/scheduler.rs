@@ -36,6 +36,10 @@ pub(crate) struct NewSequence {
     pub(crate) rules: Arc<Rules>,
     /// With either of these, the last token is fed too, so that every position has its row.
     pub(crate) observe: Observe,
+    /// Whether the logits that tokens are chosen from are to be seen.
+    pub(crate) see_draws: bool,
+    /// Whether those after each token of the prompt are to be seen too.
+    pub(crate) see_prompt: bool,
 }
 
 /// What a submitted step was: needed to read its output.
@@ -124,7 +128,10 @@ impl Sequence {
         let goal = if self.draws_more() {
             self.len()
         } else if self.new.observe == Observe::default() {
-            0
+            match self.new.see_prompt {
+                true => self.new.prompt_ids.len(),
+                false => 0,
+            }
         } else if self.done {
             self.tokens.len()
         } else {
@@ -144,7 +151,9 @@ impl Sequence {
     /// Rows of logits for the next `len` tokens.
     fn logit_rows(&self, len: usize, draws: bool) -> LogitRows {
         let end = self.computed + len;
-        match (self.new.observe.logits && end > self.observed, draws) {
+        let in_prompt = self.observed < self.new.prompt_ids.len();
+        let see_all = self.new.observe.logits || self.new.see_prompt && in_prompt;
+        match (see_all && end > self.observed, draws) {
             (true, _) => LogitRows::All,
             (false, true) => LogitRows::Last,
             (false, false) => LogitRows::None,
@@ -180,7 +189,8 @@ impl Sequence {
                 },
             }),
         });
-        step.observe.logits |= self.new.observe.logits;
+        step.observe.logits |=
+            self.new.observe.logits || self.new.see_draws && logit_rows != LogitRows::None;
         step.observe.hidden_states |= self.new.observe.hidden_states;
         plan.sequences.push(Planned {
             id: self.id,

@@ -246,6 +246,7 @@ mod tests {
             ids: vec![16, 2],
             text: text.to_owned(),
             finish_reason: FinishReason::Stop,
+            logprobs: None,
             logits: Vec::new(),
             hidden_states: Vec::new(),
             timing: Default::default(),

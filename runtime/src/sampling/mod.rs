@@ -10,10 +10,12 @@
 //! Dividing the remaining probabilities by their sum, the reference's last step, is part of the draw.
 
 mod cuts;
+mod logprobs;
 mod processors;
 pub mod ranges;
 mod sampler;
 
+pub use logprobs::{Logprobs, MAX_LOGPROBS, TokenLogprob};
 pub(crate) use processors::Suppression;
 pub use processors::{Processors, Rules, SequenceBias};
 pub use sampler::Sampler;
