@@ -583,6 +583,13 @@ impl Engine {
     }
 }
 
+impl Completion {
+    /// The log-probability of all generated tokens, where log-probabilities were asked for.
+    pub fn score(&self) -> Option<f32> {
+        self.logprobs.as_ref().map(Logprobs::score)
+    }
+}
+
 impl Active {
     /// Tokens of prompt and generation.
     fn len(&self) -> usize {

@@ -3,6 +3,7 @@
 //! [`Engine`] takes [`Request`]s and gives [`Event`]s, batching what runs at the same time. It plans
 //! [`device::Step`]s for a [`device::Device`], which holds the weights and the KV cache.
 
+mod choices;
 pub mod cpu;
 pub mod device;
 mod engine;
@@ -14,6 +15,7 @@ mod scheduler;
 mod testing;
 mod tokenizer;
 
+pub use choices::{Choices, MAX_CHOICES};
 pub use device::LoadOptions;
 pub use engine::{
     Completion, Engine, EngineError, Event, FinishReason, PhaseStats, RequestId, Stats, Timing,

@@ -379,7 +379,7 @@ fn in_range(name: &str, value: f32, range: &Range) -> Result<(), RequestError> {
     }
 }
 
-fn parameter(
+pub(crate) fn parameter(
     name: impl Into<String>,
     found: impl ToString,
     needed: impl Into<String>,
