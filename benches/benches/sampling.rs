@@ -23,12 +23,16 @@ fn noise(index: u32) -> f32 {
 
 /// A row with a few likely tokens and a long tail.
 fn logits() -> Vec<f32> {
-    (0..V).map(|id| -noise(id).ln().abs().sqrt() * 4.0 + noise(id ^ 77).powi(40) * 12.0).collect()
+    (0..V)
+        .map(|id| -noise(id).ln().abs().sqrt() * 4.0 + noise(id ^ 77).powi(40) * 12.0)
+        .collect()
 }
 
 fn choices(criterion: &mut Criterion) {
     let logits = logits();
-    let history: Vec<u32> = (0..HISTORY_LEN).map(|i| (noise(i) * 3000.0) as u32).collect();
+    let history: Vec<u32> = (0..HISTORY_LEN)
+        .map(|i| (noise(i) * 3000.0) as u32)
+        .collect();
     let rules = Arc::new(Rules {
         processors: Processors {
             sequence_bias: vec![SequenceBias {

@@ -3,7 +3,7 @@
 use crate::device::Observe;
 use crate::kv::blocks_for;
 use crate::sampling::ranges::{BIAS, CUTOFF, FACTOR, MIN_P, PENALTY, Range, TEMPERATURE, TOP_P};
-use crate::sampling::{MAX_LOGPROBS, Processors, SamplingParams};
+use crate::sampling::{MAX_LOGPROBS, Processors, SamplingParams, SequenceBias};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use kiln_bundle::ModelInfo;
 
@@ -272,10 +272,14 @@ impl Request {
             exponential_decay_length_penalty,
             ..
         } = &self.processors;
-        let biased = sequence_bias.iter().flat_map(|sequence| &sequence.ids);
-        let lists: [(&str, &mut dyn Iterator<Item = &u32>); 7] = [
+        let (single, several): (Vec<_>, Vec<_>) = sequence_bias
+            .iter()
+            .map(|sequence| &sequence.ids)
+            .partition(|ids| ids.len() == 1);
+        let lists: [(&str, &mut dyn Iterator<Item = &u32>); 8] = [
             ("stop_token_ids", &mut self.stop_token_ids.iter()),
-            ("sequence_bias", &mut { biased }),
+            ("logit_bias", &mut single.into_iter().flatten()),
+            ("sequence_bias", &mut several.into_iter().flatten()),
             ("bad_words_ids", &mut bad_words_ids.iter().flatten()),
             ("suppress_tokens", &mut suppress_tokens.iter()),
             ("begin_suppress_tokens", &mut begin_suppress_tokens.iter()),
@@ -346,12 +350,19 @@ fn check_processors(processors: &Processors) -> Result<(), RequestError> {
     in_range("repetition_penalty", *repetition_penalty, &FACTOR)?;
     in_range("presence_penalty", *presence_penalty, &PENALTY)?;
     in_range("frequency_penalty", *frequency_penalty, &PENALTY)?;
-    for (index, sequence) in sequence_bias.iter().enumerate() {
-        let name = format!("sequence_bias[{index}]");
-        if sequence.ids.is_empty() {
-            return Err(parameter(name, "of no tokens", "of at least one token"));
-        }
-        in_range(&name, sequence.bias, &BIAS)?;
+    for SequenceBias { ids, bias } in sequence_bias {
+        let name = match ids[..] {
+            [] => {
+                return Err(parameter(
+                    "sequence_bias",
+                    "of no tokens",
+                    "of at least one",
+                ));
+            }
+            [id] => format!("logit_bias of token {id}"),
+            _ => format!("sequence_bias of tokens {ids:?}"),
+        };
+        in_range(&name, *bias, &BIAS)?;
     }
     if let Some(index) = bad_words_ids.iter().position(Vec::is_empty) {
         let name = format!("bad_words_ids[{index}]");
@@ -565,14 +576,22 @@ mod tests {
             "frequency_penalty is NaN; it must be from -2 to 2",
         );
         let bias = |ids: &[u32], bias| Processors {
-            sequence_bias: vec![crate::sampling::SequenceBias {
+            sequence_bias: vec![SequenceBias {
                 ids: ids.to_vec(),
                 bias,
             }],
             ..none()
         };
-        fails(bias(&[1], f32::INFINITY), "sequence_bias[0] is inf");
-        fails(bias(&[], 1.0), "sequence_bias[0] is of no tokens");
+        fails(
+            bias(&[1], f32::INFINITY),
+            "logit_bias of token 1 is inf; it must be a finite number",
+        );
+        fails(
+            bias(&[1, 2], f32::NAN),
+            "sequence_bias of tokens [1, 2] is NaN",
+        );
+        fails(bias(&[], 1.0), "sequence_bias is of no tokens");
+        fails(bias(&[300], 1.0), "logit_bias: token id 300");
         fails(bias(&[1, 300], 1.0), "sequence_bias: token id 300");
         fails(
             Processors {

@@ -28,7 +28,7 @@ impl Logprobs {
     /// The log-probability of all that was generated.
     pub fn score(&self) -> f32 {
         let logprobs = self.generated.iter().map(|token| f64::from(token.logprob));
-        logprobs.sum::<f64>() as f32
+        logprobs.fold(0.0, |sum, logprob| sum + logprob) as f32
     }
 }
 
@@ -99,5 +99,6 @@ mod tests {
             generated: vec![token(-1.5), token(-0.25)],
         };
         assert_eq!(logprobs.score(), -1.75);
+        assert!(Logprobs::default().score().is_sign_positive());
     }
 }

@@ -319,25 +319,21 @@ mod tests {
         if let Some(rules) = draw.rules {
             let p = &rules.processors;
             let generated = &draw.history[rules.prompt_len..];
-            for id in 0..vocab_size {
+            for (id, score) in scores.iter_mut().enumerate() {
                 let count = |ids: &[u32]| ids.iter().filter(|&&x| x as usize == id).count() as f64;
                 for bias in &p.sequence_bias {
                     assert_eq!(bias.ids.len(), 1);
                     if bias.ids[0] as usize == id {
-                        scores[id] += f64::from(bias.bias);
+                        *score += f64::from(bias.bias);
                     }
                 }
                 if count(draw.history) > 0.0 {
                     let penalty = f64::from(p.repetition_penalty);
-                    scores[id] *= if scores[id] < 0.0 {
-                        penalty
-                    } else {
-                        1.0 / penalty
-                    };
+                    *score *= if *score < 0.0 { penalty } else { 1.0 / penalty };
                 }
                 let times = count(generated);
-                scores[id] -= f64::from(p.frequency_penalty) * times;
-                scores[id] -= f64::from(p.presence_penalty) * times.min(1.0);
+                *score -= f64::from(p.frequency_penalty) * times;
+                *score -= f64::from(p.presence_penalty) * times.min(1.0);
             }
         }
         for &id in draw.suppressed_ids {
