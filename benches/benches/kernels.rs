@@ -1,4 +1,4 @@
-//! The CPU kernels on the shapes of opt-125m: `cargo bench -p kiln-benches`.
+//! The CPU kernels on the shapes of opt-125m: `cargo bench -p kiln-benches --bench kernels`.
 //!
 //! Throughput is bytes of weights for decode, multiplications and additions for prefill, so that
 //! the figures stand beside the machine's read bandwidth and its FMA peak.

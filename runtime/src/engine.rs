@@ -8,11 +8,13 @@ use crate::device::{
     self, Device, DeviceError, DeviceFacts, LoadOptions, Observe, Step, StepId, StepOutput,
 };
 use crate::request::{Request, RequestError, Room};
+use crate::sampling::{Logprobs, Rules, Suppression, TokenLogprob};
 use crate::scheduler::{NewSequence, Plan, Planned, Scheduler, SequenceId};
 use crate::tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};
 use kiln_bundle::{Bundle, Executable, Manifest, ModelInfo, Phase};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Names a request of an engine; later ones are larger.
@@ -81,6 +83,8 @@ pub struct Completion {
     pub text: String,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// Of its tokens, where asked for.
+    pub logprobs: Option<Logprobs>,
     /// (P + new tokens, V), where observed.
     pub logits: Vec<f32>,
     /// (L+1, P + new tokens, C), where observed.
@@ -178,6 +182,7 @@ struct Active {
     stream: TextStream,
     /// Set when its last token is known; it may still be waiting for rows to observe.
     finish_reason: Option<FinishReason>,
+    logprobs: Option<Logprobs>,
     logits: Vec<f32>,
     /// By layer.
     hidden_states: Vec<Vec<f32>>,
@@ -281,16 +286,27 @@ impl Engine {
             .sampling
             .seed
             .unwrap_or_else(|| self.seeds.hash_one(id.0));
-        let ending = [self.model.eos_token_ids.as_slice(), &request.stop_token_ids].concat();
+        let eos = &self.model.eos_token_ids;
+        let ending = [eos.as_slice(), &request.stop_token_ids].concat();
+        let prompt_len = prompt_ids.len();
+        let min_new_tokens = request.min_new_tokens(prompt_len);
+        let processors = &request.processors;
         self.scheduler.add(
             SequenceId(id.0),
             NewSequence {
                 prompt_ids: prompt_ids.clone(),
                 max_new_tokens: max_new_tokens as usize,
-                min_new_tokens: request.min_new_tokens as usize,
-                suppressed_ids: ending,
                 params: request.sampling.with_seed(seed),
+                suppression: Suppression::new(processors, prompt_len, &ending, min_new_tokens),
+                rules: Arc::new(Rules {
+                    processors: processors.clone(),
+                    prompt_len,
+                    max_new_tokens,
+                    eos_token_ids: eos.clone(),
+                }),
                 observe: request.observe,
+                see_draws: request.logprobs.is_some(),
+                see_prompt: request.scores_prompt(),
             },
         );
         let active = Active {
@@ -300,6 +316,7 @@ impl Engine {
             text: String::new(),
             stream: TextStream::new(request.stop.clone()),
             finish_reason: (max_new_tokens == 0).then_some(FinishReason::Length),
+            logprobs: request.logprobs.map(|_| Logprobs::default()),
             logits: Vec::new(),
             hidden_states: vec![Vec::new(); self.model.layers as usize + 1],
             observed: 0,
@@ -362,6 +379,7 @@ impl Engine {
         let output = self.device.collect(id)?;
         self.count(&plan, submitted);
         self.observe(&plan, &output);
+        self.score(&plan, &output);
         for (id, token) in self.scheduler.collect(&plan, &output.tokens) {
             match token {
                 Some(token) => self.take_token(id, token, &mut events)?,
@@ -430,6 +448,54 @@ impl Engine {
             }
             first_token += planned.len;
             first_row += rows;
+        }
+    }
+
+    /// Notes the log-probabilities of a step's tokens: those chosen, and those of prompts.
+    fn score(&mut self, plan: &Plan, output: &StepOutput) {
+        let vocab_size = self.model.vocab_size as usize;
+        let row = |index: usize| {
+            output
+                .logits
+                .get(index * vocab_size..(index + 1) * vocab_size)
+        };
+        let (mut end, mut tokens) = (0, output.tokens.iter());
+        for planned in &plan.sequences {
+            let rows = planned.logit_rows.count(planned.len);
+            let first = end;
+            end += rows;
+            let chosen = match planned.draws {
+                true => tokens.next().copied().flatten(),
+                false => None,
+            };
+            let Some(active) = self.active.get_mut(&planned.id) else {
+                continue;
+            };
+            let (Some(logprobs), Some(top)) = (&mut active.logprobs, active.request.logprobs)
+            else {
+                continue;
+            };
+            let top = top as usize;
+            if active.request.scores_prompt() {
+                // The row after position p is that of the token at p + 1. A preempted sequence is fed
+                // again: each position counts once.
+                let start = planned.start + planned.len - rows;
+                for (index, position) in (first..end).zip(start + 1..) {
+                    let next = active.prompt_ids.get(position);
+                    if position == logprobs.prompt.len() + 1
+                        && let (Some(&id), Some(row)) = (next, row(index))
+                    {
+                        logprobs.prompt.push(TokenLogprob::new(row, id, top));
+                    }
+                }
+            }
+            // A token that comes after the last is dropped.
+            if active.finish_reason.is_none()
+                && let Some(id) = chosen
+                && let Some(row) = end.checked_sub(1).and_then(row)
+            {
+                logprobs.generated.push(TokenLogprob::new(row, id, top));
+            }
         }
     }
 
@@ -505,6 +571,9 @@ impl Engine {
             if active.request.observe != Observe::default() && active.observed < active.len() {
                 continue;
             }
+            if active.lacks_prompt_logprobs() {
+                continue;
+            }
             self.scheduler.remove(planned.id);
             if let Some(active) = self.active.remove(&planned.id) {
                 let completion = active.into_completion(RequestId(planned.id.0), reason);
@@ -514,10 +583,23 @@ impl Engine {
     }
 }
 
+impl Completion {
+    /// The log-probability of all generated tokens, where log-probabilities were asked for.
+    pub fn score(&self) -> Option<f32> {
+        self.logprobs.as_ref().map(Logprobs::score)
+    }
+}
+
 impl Active {
     /// Tokens of prompt and generation.
     fn len(&self) -> usize {
         self.prompt_ids.len() + self.ids.len()
+    }
+
+    fn lacks_prompt_logprobs(&self) -> bool {
+        let wanted = self.request.scores_prompt();
+        let logprobs = self.logprobs.as_ref().filter(|_| wanted);
+        logprobs.is_some_and(|logprobs| logprobs.prompt.len() + 1 < self.prompt_ids.len())
     }
 
     /// Which of the tokens that a step fed have positions not observed before: a part of
@@ -542,6 +624,7 @@ impl Active {
             ids: self.ids,
             text: self.text,
             finish_reason,
+            logprobs: self.logprobs,
             logits: self.logits,
             hidden_states: self.hidden_states.concat(),
             timing: Timing {
@@ -557,7 +640,7 @@ mod tests {
     use super::*;
     use crate::kv::blocks_for;
     use crate::request::Prompt;
-    use crate::sampler::{Draw, Sampler, SamplingParams};
+    use crate::sampling::{Draw, Processors, Sampler, SamplingParams};
     use crate::testing::{EOS, FakeDevice, HIDDEN, LAYERS, VOCAB, manifest};
     use crate::tokenizer::tests::byte_tokenizer;
 
@@ -603,12 +686,30 @@ mod tests {
                     top_p: 0.9,
                     min_p: 0.01,
                     seed: Some(7),
+                    ..SamplingParams::GREEDY
                 };
             }
+            request.logprobs = [None, Some(0), Some(3)][i as usize % 3];
+            request.echo = i % 2 == 1;
             request.observe = Observe {
                 logits: i % 5 == 1,
                 hidden_states: i % 5 < 2,
             };
+            match i % 4 {
+                1 => request.processors.repetition_penalty = 1.5,
+                2 => {
+                    request.processors = Processors {
+                        no_repeat_ngram_size: 1,
+                        presence_penalty: 0.5,
+                        suppress_tokens: (100..200).collect(),
+                        begin_suppress_tokens: (0..100).collect(),
+                        ..Processors::NONE
+                    };
+                    request.min_length = 30;
+                }
+                3 => request.processors.forced_eos_token_id = Some(77),
+                _ => {}
+            }
             request
         };
         lengths.iter().enumerate().map(request).collect()
@@ -620,14 +721,29 @@ mod tests {
             unreachable!()
         };
         let prompt_len = history.len();
-        for index in 0..request.max_new_tokens.unwrap() {
+        let rules = Arc::new(Rules {
+            processors: request.processors.clone(),
+            prompt_len,
+            max_new_tokens: request.max_new_tokens.unwrap(),
+            eos_token_ids: vec![EOS],
+        });
+        for index in 0..rules.max_new_tokens {
             let params = request
                 .sampling
                 .with_seed(request.sampling.seed.unwrap_or(0));
+            let mut suppressed = request.processors.suppress_tokens.clone();
+            if index == 0 {
+                suppressed.extend(&request.processors.begin_suppress_tokens);
+            }
+            if (history.len() as u32) < request.min_length {
+                suppressed.push(EOS);
+            }
             let draw = Draw {
                 params,
                 index,
-                suppressed_ids: &[],
+                suppressed_ids: &suppressed,
+                rules: Some(&rules),
+                history: &history,
             };
             let token = Sampler::default()
                 .sample(&FakeDevice::logits(&history), &draw)
@@ -638,6 +754,25 @@ mod tests {
             }
         }
         history.split_off(prompt_len)
+    }
+
+    /// The log-probabilities that a request must report, by the model alone.
+    fn check_logprobs(request: &Request, completion: &Completion) {
+        let Some(top) = request.logprobs else {
+            assert_eq!(completion.logprobs, None);
+            return;
+        };
+        let all = [completion.prompt_ids.as_slice(), &completion.ids].concat();
+        let expect = |positions: std::ops::Range<usize>| -> Vec<TokenLogprob> {
+            positions
+                .map(|p| TokenLogprob::new(&FakeDevice::logits(&all[..p]), all[p], top as usize))
+                .collect()
+        };
+        let prompt_len = completion.prompt_ids.len();
+        let logprobs = completion.logprobs.as_ref().unwrap();
+        assert_eq!(logprobs.generated, expect(prompt_len..all.len()));
+        let prompt = if request.echo { 1..prompt_len } else { 0..0 };
+        assert_eq!(logprobs.prompt, expect(prompt));
     }
 
     fn check_rows(request: &Request, completion: &Completion) {
@@ -682,6 +817,7 @@ mod tests {
                         "{max_batch} {kv_blocks} {depth}"
                     );
                     check_rows(request, completion);
+                    check_logprobs(request, completion);
                 }
                 assert_eq!(engine.scheduler.free(), (kv_blocks, max_batch as usize));
             }
@@ -795,6 +931,23 @@ mod tests {
         assert!(completion.ids.is_empty() && completion.text.is_empty());
         assert_eq!(completion.finish_reason, FinishReason::Length);
         check_rows(&request, &completion);
+    }
+
+    #[test]
+    fn the_logprobs_of_a_prompt_need_no_generation() {
+        for depth in [0, 1] {
+            for len in [1, 2, 45] {
+                let mut engine = engine(2, 40, depth);
+                let mut request = Request::new(Prompt::Ids((0..len).collect()));
+                request.max_new_tokens = Some(0);
+                request.logprobs = Some(2);
+                request.echo = true;
+                engine.submit(request.clone()).unwrap();
+                let completion = run(&mut engine).remove(0);
+                assert!(completion.ids.is_empty());
+                check_logprobs(&request, &completion);
+            }
+        }
     }
 
     #[test]

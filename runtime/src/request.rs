@@ -2,7 +2,8 @@
 
 use crate::device::Observe;
 use crate::kv::blocks_for;
-use crate::sampler::SamplingParams;
+use crate::sampling::ranges::{BIAS, CUTOFF, FACTOR, MIN_P, PENALTY, Range, TEMPERATURE, TOP_P};
+use crate::sampling::{MAX_LOGPROBS, Processors, SamplingParams, SequenceBias};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use kiln_bundle::ModelInfo;
 
@@ -28,6 +29,10 @@ pub struct Request {
     /// Generated tokens before which neither an end-of-sequence token nor one of `stop_token_ids`
     /// can be chosen.
     pub min_new_tokens: u32,
+    /// As `min_new_tokens`, the prompt's tokens counted.
+    pub min_length: u32,
+    /// What changes the scores that tokens are chosen by.
+    pub processors: Processors,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
     /// Ends the text before the first of these.
@@ -36,6 +41,10 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Goes on after an end-of-sequence token.
     pub ignore_eos: bool,
+    /// Reports the log-probability of every generated token, and so many of the likeliest in its place.
+    pub logprobs: Option<u32>,
+    /// With `logprobs`, reports those of the prompt too.
+    pub echo: bool,
     /// What to report for every position of prompt and generation.
     pub observe: Observe,
 }
@@ -47,10 +56,14 @@ impl Request {
             prompt,
             max_new_tokens: None,
             min_new_tokens: 0,
+            min_length: 0,
+            processors: Processors::NONE,
             sampling: SamplingParams::GREEDY,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            logprobs: None,
+            echo: false,
             observe: Observe::default(),
         }
     }
@@ -71,7 +84,7 @@ pub enum RequestError {
     /// An id beyond the vocabulary.
     #[error("{field}: token id {id} is out of range; the vocabulary has ids 0 to {}", vocab_size - 1)]
     TokenIdOutOfRange {
-        /// `prompt_ids` with its index, or `stop_token_ids`.
+        /// The parameter, with the id's index in `prompt_ids`.
         field: String,
         /// The id.
         id: u32,
@@ -114,17 +127,20 @@ pub enum RequestError {
         kv_blocks: usize,
     },
     /// Nothing is asked for.
-    #[error("max_new_tokens is 0 and neither logits nor hidden states are asked for")]
+    #[error(
+        "max_new_tokens is 0 and neither logits, hidden states nor the prompt's logprobs (logprobs and \
+         echo) are asked for"
+    )]
     NothingToDo,
-    /// A parameter outside its range.
+    /// A parameter outside its range, which others may narrow.
     #[error("{name} is {found}; it must be {needed}")]
     Parameter {
-        /// The parameter.
-        name: &'static str,
+        /// The parameter, with an index where it is one of several.
+        name: String,
         /// Its value.
         found: String,
         /// Its range.
-        needed: &'static str,
+        needed: String,
     },
 }
 
@@ -139,9 +155,31 @@ pub(crate) struct Room<'a> {
 }
 
 impl Request {
-    /// Checks the request. Returns the prompt's ids and the most new tokens.
-    pub(crate) fn resolve(&self, room: &Room<'_>) -> Result<(Vec<u32>, u32), RequestError> {
+    /// Generated tokens before which none that ends the sequence can be chosen.
+    pub(crate) fn min_new_tokens(&self, prompt_len: usize) -> u32 {
+        let prompt_len = u32::try_from(prompt_len).unwrap_or(u32::MAX);
+        let of_length = self.min_length.saturating_sub(prompt_len);
+        self.min_new_tokens.max(of_length)
+    }
+
+    /// Whether the log-probabilities of the prompt are wanted.
+    pub(crate) fn scores_prompt(&self) -> bool {
+        self.echo && self.logprobs.is_some()
+    }
+
+    /// Whether the prompt alone gives a result.
+    fn reads_prompt(&self) -> bool {
+        self.observe != Observe::default() || self.scores_prompt()
+    }
+
+    /// What is wrong with the request whatever it runs on: parameters out of range or at odds with each
+    /// other.
+    ///
+    /// # Errors
+    /// [`RequestError::Parameter`] and [`RequestError::NothingToDo`].
+    pub fn check(&self) -> Result<(), RequestError> {
         check_sampling(&self.sampling)?;
+        check_processors(&self.processors)?;
         if self.stop.iter().any(String::is_empty) {
             return Err(parameter(
                 "stop",
@@ -149,29 +187,30 @@ impl Request {
                 "a string of at least one character",
             ));
         }
+        if let Some(logprobs) = self.logprobs.filter(|&logprobs| logprobs > MAX_LOGPROBS) {
+            let needed = format!("from 0 to {MAX_LOGPROBS}");
+            return Err(parameter("logprobs", logprobs, needed));
+        }
+        if self.max_new_tokens == Some(0) && !self.reads_prompt() {
+            return Err(RequestError::NothingToDo);
+        }
+        if let Some(most) = self
+            .max_new_tokens
+            .filter(|&most| most < self.min_new_tokens)
+        {
+            let needed = format!("at most max_new_tokens, which is {most}");
+            return Err(parameter("min_new_tokens", self.min_new_tokens, needed));
+        }
+        Ok(())
+    }
+
+    /// Checks the request. Returns the prompt's ids and the most new tokens.
+    pub(crate) fn resolve(&self, room: &Room<'_>) -> Result<(Vec<u32>, u32), RequestError> {
+        self.check()?;
         if !self.stop.is_empty() && room.tokenizer.is_none() {
             return Err(RequestError::NoTokenizer("stop strings"));
         }
-        let check_ids = |field: &str, indexed: bool, ids: &[u32]| {
-            let vocab_size = room.model.vocab_size;
-            match ids.iter().enumerate().find(|&(_, &id)| id >= vocab_size) {
-                None => Ok(()),
-                Some((index, &id)) => {
-                    let index = if indexed {
-                        format!("[{index}]")
-                    } else {
-                        String::new()
-                    };
-                    let field = format!("{field}{index}");
-                    Err(RequestError::TokenIdOutOfRange {
-                        field,
-                        id,
-                        vocab_size,
-                    })
-                }
-            }
-        };
-        check_ids("stop_token_ids", false, &self.stop_token_ids)?;
+        self.check_ids(room.model)?;
         let prompt_ids = match &self.prompt {
             Prompt::Ids(ids) => ids.clone(),
             Prompt::Text(text) if text.is_empty() => Vec::new(),
@@ -183,7 +222,9 @@ impl Request {
         if prompt_ids.is_empty() {
             return Err(RequestError::EmptyPrompt);
         }
-        check_ids("prompt_ids", true, &prompt_ids)?;
+        for (index, &id) in prompt_ids.iter().enumerate() {
+            check_id(&|| format!("prompt_ids[{index}]"), id, room.model)?;
+        }
 
         let (found, limit) = (prompt_ids.len(), room.max_seq_len);
         let left = limit
@@ -193,11 +234,8 @@ impl Request {
         let max_new_tokens = self
             .max_new_tokens
             .unwrap_or(DEFAULT_MAX_NEW_TOKENS.min(left));
-        if max_new_tokens == 0 && self.observe == Observe::default() {
-            return Err(match self.max_new_tokens {
-                Some(_) => RequestError::NothingToDo,
-                None => RequestError::PromptTooLong { found, limit },
-            });
+        if max_new_tokens == 0 && !self.reads_prompt() {
+            return Err(RequestError::PromptTooLong { found, limit });
         }
         if max_new_tokens > left {
             return Err(RequestError::TooManyNewTokens {
@@ -207,20 +245,73 @@ impl Request {
             });
         }
         if self.min_new_tokens > max_new_tokens {
-            let found = self.min_new_tokens.to_string();
-            return Err(parameter(
-                "min_new_tokens",
-                &found,
-                "at most max_new_tokens",
-            ));
+            let needed = format!("at most max_new_tokens, which is {max_new_tokens}");
+            return Err(parameter("min_new_tokens", self.min_new_tokens, needed));
         }
         let tokens = found + max_new_tokens as usize;
+        if self.min_length as usize > tokens {
+            let needed = format!("at most prompt and max_new_tokens together, which are {tokens}");
+            return Err(parameter("min_length", self.min_length, needed));
+        }
         if tokens > room.cache_tokens {
             let kv_blocks = room.cache_tokens / kiln_bundle::BLOCK_TOKENS;
             return Err(RequestError::TooLargeForCache { tokens, kv_blocks });
         }
         Ok((prompt_ids, max_new_tokens))
     }
+
+    /// Holds every id but the prompt's against the vocabulary.
+    fn check_ids(&self, model: &ModelInfo) -> Result<(), RequestError> {
+        let Processors {
+            sequence_bias,
+            bad_words_ids,
+            suppress_tokens,
+            begin_suppress_tokens,
+            forced_bos_token_id,
+            forced_eos_token_id,
+            exponential_decay_length_penalty,
+            ..
+        } = &self.processors;
+        let (single, several): (Vec<_>, Vec<_>) = sequence_bias
+            .iter()
+            .map(|sequence| &sequence.ids)
+            .partition(|ids| ids.len() == 1);
+        let lists: [(&str, &mut dyn Iterator<Item = &u32>); 8] = [
+            ("stop_token_ids", &mut self.stop_token_ids.iter()),
+            ("logit_bias", &mut single.into_iter().flatten()),
+            ("sequence_bias", &mut several.into_iter().flatten()),
+            ("bad_words_ids", &mut bad_words_ids.iter().flatten()),
+            ("suppress_tokens", &mut suppress_tokens.iter()),
+            ("begin_suppress_tokens", &mut begin_suppress_tokens.iter()),
+            ("forced_bos_token_id", &mut forced_bos_token_id.iter()),
+            ("forced_eos_token_id", &mut forced_eos_token_id.iter()),
+        ];
+        for (field, ids) in lists {
+            for &id in ids {
+                check_id(&|| field.to_owned(), id, model)?;
+            }
+        }
+        if let Some((start, factor)) = exponential_decay_length_penalty
+            && model.eos_token_ids.is_empty()
+        {
+            let found = format!("{start},{factor}");
+            let needed = "absent: the model has no end-of-sequence token";
+            return Err(parameter("exponential_decay_length_penalty", found, needed));
+        }
+        Ok(())
+    }
+}
+
+fn check_id(field: &dyn Fn() -> String, id: u32, model: &ModelInfo) -> Result<(), RequestError> {
+    let vocab_size = model.vocab_size;
+    if id < vocab_size {
+        return Ok(());
+    }
+    Err(RequestError::TokenIdOutOfRange {
+        field: field(),
+        id,
+        vocab_size,
+    })
 }
 
 fn check_sampling(params: &SamplingParams) -> Result<(), RequestError> {
@@ -229,33 +320,85 @@ fn check_sampling(params: &SamplingParams) -> Result<(), RequestError> {
         top_k: _,
         top_p,
         min_p,
+        typical_p,
+        epsilon_cutoff,
+        eta_cutoff,
         seed: _,
     } = *params;
-    if !(temperature >= 0.0 && temperature.is_finite()) {
-        return Err(parameter(
-            "temperature",
-            &temperature.to_string(),
-            "a number from 0 up",
-        ));
+    in_range("temperature", temperature, &TEMPERATURE)?;
+    in_range("top_p", top_p, &TOP_P)?;
+    in_range("min_p", min_p, &MIN_P)?;
+    in_range("typical_p", typical_p, &TOP_P)?;
+    in_range("epsilon_cutoff", epsilon_cutoff, &CUTOFF)?;
+    in_range("eta_cutoff", eta_cutoff, &CUTOFF)
+}
+
+fn check_processors(processors: &Processors) -> Result<(), RequestError> {
+    let Processors {
+        sequence_bias,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        no_repeat_ngram_size: _,
+        bad_words_ids,
+        suppress_tokens,
+        begin_suppress_tokens: _,
+        forced_bos_token_id,
+        forced_eos_token_id,
+        exponential_decay_length_penalty,
+    } = processors;
+    in_range("repetition_penalty", *repetition_penalty, &FACTOR)?;
+    in_range("presence_penalty", *presence_penalty, &PENALTY)?;
+    in_range("frequency_penalty", *frequency_penalty, &PENALTY)?;
+    for SequenceBias { ids, bias } in sequence_bias {
+        let name = match ids[..] {
+            [] => {
+                return Err(parameter(
+                    "sequence_bias",
+                    "of no tokens",
+                    "of at least one",
+                ));
+            }
+            [id] => format!("logit_bias of token {id}"),
+            _ => format!("sequence_bias of tokens {ids:?}"),
+        };
+        in_range(&name, *bias, &BIAS)?;
     }
-    if !(top_p > 0.0 && top_p <= 1.0) {
-        return Err(parameter(
-            "top_p",
-            &top_p.to_string(),
-            "above 0 and at most 1",
-        ));
+    if let Some(index) = bad_words_ids.iter().position(Vec::is_empty) {
+        let name = format!("bad_words_ids[{index}]");
+        return Err(parameter(name, "[]", "a list of at least one token"));
     }
-    if !(0.0..=1.0).contains(&min_p) {
-        return Err(parameter("min_p", &min_p.to_string(), "from 0 to 1"));
+    if let Some((_, factor)) = exponential_decay_length_penalty {
+        in_range("exponential_decay_length_penalty[1]", *factor, &FACTOR)?;
+    }
+    let forced = [
+        ("forced_bos_token_id", forced_bos_token_id),
+        ("forced_eos_token_id", forced_eos_token_id),
+    ];
+    for (name, id) in forced {
+        if let Some(id) = id.filter(|id| suppress_tokens.contains(id)) {
+            return Err(parameter(name, id, "none of suppress_tokens"));
+        }
     }
     Ok(())
 }
 
-fn parameter(name: &'static str, found: &str, needed: &'static str) -> RequestError {
+fn in_range(name: &str, value: f32, range: &Range) -> Result<(), RequestError> {
+    match range.contains(value) {
+        true => Ok(()),
+        false => Err(parameter(name, value, range.needed)),
+    }
+}
+
+pub(crate) fn parameter(
+    name: impl Into<String>,
+    found: impl ToString,
+    needed: impl Into<String>,
+) -> RequestError {
     RequestError::Parameter {
-        name,
-        found: found.to_owned(),
-        needed,
+        name: name.into(),
+        found: found.to_string(),
+        needed: needed.into(),
     }
 }
 
@@ -339,6 +482,21 @@ mod tests {
         );
         check(
             Request {
+                logprobs: Some(21),
+                ..ids(&[1])
+            },
+            "logprobs is 21; it must be from 0 to 20",
+        );
+        check(
+            Request {
+                min_length: 20,
+                max_new_tokens: Some(8),
+                ..ids(&[1])
+            },
+            "min_length is 20; it must be at most prompt and max_new_tokens together, which are 9",
+        );
+        check(
+            Request {
                 stop: vec![String::new()],
                 ..ids(&[1])
             },
@@ -383,6 +541,97 @@ mod tests {
                 ..greedy
             }),
             "min_p is -0.1",
+        );
+    }
+
+    #[test]
+    fn mistakes_in_processors_are_named() {
+        let fails = |processors, expect| {
+            let request = Request {
+                processors,
+                ..ids(&[1])
+            };
+            check(request, expect);
+        };
+        let none = || Processors::NONE;
+        fails(
+            Processors {
+                repetition_penalty: 0.0,
+                ..none()
+            },
+            "repetition_penalty is 0; it must be a number above 0",
+        );
+        fails(
+            Processors {
+                presence_penalty: 2.5,
+                ..none()
+            },
+            "presence_penalty is 2.5; it must be from -2 to 2",
+        );
+        fails(
+            Processors {
+                frequency_penalty: f32::NAN,
+                ..none()
+            },
+            "frequency_penalty is NaN; it must be from -2 to 2",
+        );
+        let bias = |ids: &[u32], bias| Processors {
+            sequence_bias: vec![SequenceBias {
+                ids: ids.to_vec(),
+                bias,
+            }],
+            ..none()
+        };
+        fails(
+            bias(&[1], f32::INFINITY),
+            "logit_bias of token 1 is inf; it must be a finite number",
+        );
+        fails(
+            bias(&[1, 2], f32::NAN),
+            "sequence_bias of tokens [1, 2] is NaN",
+        );
+        fails(bias(&[], 1.0), "sequence_bias is of no tokens");
+        fails(bias(&[300], 1.0), "logit_bias: token id 300");
+        fails(bias(&[1, 300], 1.0), "sequence_bias: token id 300");
+        fails(
+            Processors {
+                bad_words_ids: vec![vec![1], vec![]],
+                ..none()
+            },
+            "bad_words_ids[1] is []; it must be a list of at least one token",
+        );
+        fails(
+            Processors {
+                suppress_tokens: vec![4, 300],
+                ..none()
+            },
+            "suppress_tokens: token id 300 is out of range",
+        );
+        fails(
+            Processors {
+                forced_eos_token_id: Some(4),
+                suppress_tokens: vec![5, 4],
+                ..none()
+            },
+            "forced_eos_token_id is 4; it must be none of suppress_tokens",
+        );
+        fails(
+            Processors {
+                exponential_decay_length_penalty: Some((3, -1.0)),
+                ..none()
+            },
+            "exponential_decay_length_penalty[1] is -1; it must be a number above 0",
+        );
+        let sampling = SamplingParams {
+            epsilon_cutoff: 1.0,
+            ..SamplingParams::GREEDY
+        };
+        check(
+            Request {
+                sampling,
+                ..ids(&[1])
+            },
+            "epsilon_cutoff is 1; it must be from 0 up and below 1",
         );
     }
 

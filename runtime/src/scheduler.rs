@@ -11,13 +11,16 @@
 //! row's bits do not depend on how it came into a step.
 //!
 //! The scheduler works ahead of the tokens' values: a sequence whose next token is still in flight
-//! is known to be one longer, and is fed [`Tokens::LastSampled`].
+//! is known to be one longer, and is fed [`Tokens::LastSampled`]. Where a draw reads the tokens of its
+//! sequence ([`Rules::read_history`]), all of them must be known: such a sequence takes part in no step
+//! while a token of it is in flight, and is fed its last one by value.
 
 use crate::device::{Extent, LogitRows, Observe, SequenceStep, Step, Tokens};
 use crate::kv::{BlockPool, blocks_for};
-use crate::sampler::{Draw, DrawParams};
+use crate::sampling::{Draw, DrawParams, Rules, Suppression};
 use kiln_bundle::{Bounds, Executable, Limits, Phase};
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// A sequence; older ones have lower ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,12 +31,15 @@ pub(crate) struct SequenceId(pub(crate) u64);
 pub(crate) struct NewSequence {
     pub(crate) prompt_ids: Vec<u32>,
     pub(crate) max_new_tokens: usize,
-    /// Generated tokens before which `suppressed_ids` cannot be chosen.
-    pub(crate) min_new_tokens: usize,
-    pub(crate) suppressed_ids: Vec<u32>,
     pub(crate) params: DrawParams,
+    pub(crate) suppression: Suppression,
+    pub(crate) rules: Arc<Rules>,
     /// With either of these, the last token is fed too, so that every position has its row.
     pub(crate) observe: Observe,
+    /// Whether the logits that tokens are chosen from are to be seen.
+    pub(crate) see_draws: bool,
+    /// Whether those after each token of the prompt are to be seen too.
+    pub(crate) see_prompt: bool,
 }
 
 /// What a submitted step was: needed to read its output.
@@ -105,12 +111,27 @@ impl Sequence {
         !self.done && self.generated() < self.new.max_new_tokens
     }
 
+    fn reads_history(&self) -> bool {
+        self.new.rules.read_history()
+    }
+
+    /// Whether nothing can be done before a token is known.
+    fn waits(&self) -> bool {
+        self.pending > 0 && self.reads_history()
+    }
+
     /// Tokens to be fed now.
     fn remaining(&self) -> usize {
+        if self.waits() {
+            return 0;
+        }
         let goal = if self.draws_more() {
             self.len()
         } else if self.new.observe == Observe::default() {
-            0
+            match self.new.see_prompt {
+                true => self.new.prompt_ids.len(),
+                false => 0,
+            }
         } else if self.done {
             self.tokens.len()
         } else {
@@ -130,7 +151,9 @@ impl Sequence {
     /// Rows of logits for the next `len` tokens.
     fn logit_rows(&self, len: usize, draws: bool) -> LogitRows {
         let end = self.computed + len;
-        match (self.new.observe.logits && end > self.observed, draws) {
+        let in_prompt = self.observed < self.new.prompt_ids.len();
+        let see_all = self.new.observe.logits || self.new.see_prompt && in_prompt;
+        match (see_all && end > self.observed, draws) {
             (true, _) => LogitRows::All,
             (false, true) => LogitRows::Last,
             (false, false) => LogitRows::None,
@@ -142,13 +165,13 @@ impl Sequence {
         let start = self.computed;
         let draws = start + len == self.len() && self.draws_more();
         let logit_rows = self.logit_rows(len, draws);
-        let index = self.generated();
-        let suppressed = index < self.new.min_new_tokens;
-        let tokens = if self.decoding {
+        let index = self.generated() as u32;
+        let tokens = if self.decoding && !self.reads_history() {
             Tokens::LastSampled
         } else {
             Tokens::Ids(&self.tokens[start..start + len])
         };
+        let rules = &self.new.rules;
         step.push(&SequenceStep {
             slot: self.slot,
             tokens,
@@ -157,15 +180,17 @@ impl Sequence {
             logit_rows,
             draw: draws.then_some(Draw {
                 params: self.new.params,
-                index: index as u32,
-                suppressed_ids: if suppressed {
-                    &self.new.suppressed_ids
-                } else {
-                    &[]
+                index,
+                suppressed_ids: self.new.suppression.at(index),
+                rules: rules.apply_to(index).then_some(rules),
+                history: match rules.read_history() {
+                    true => &self.tokens,
+                    false => &[],
                 },
             }),
         });
-        step.observe.logits |= self.new.observe.logits;
+        step.observe.logits |=
+            self.new.observe.logits || self.new.see_draws && logit_rows != LogitRows::None;
         step.observe.hidden_states |= self.new.observe.hidden_states;
         plan.sequences.push(Planned {
             id: self.id,

@@ -3,7 +3,7 @@
 use crate::device::{
     Device, DeviceError, DeviceFacts, MemoryNeed, Step, StepId, StepOutput, Tokens,
 };
-use crate::sampler::Sampler;
+use crate::sampling::Sampler;
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
     SelfTest, Target, packing::Layout,

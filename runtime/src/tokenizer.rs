@@ -70,6 +70,17 @@ impl Tokenizer {
             .decode(ids, true)
             .map_err(|e| TokenizerError::Decode(e.to_string()))
     }
+
+    /// What one token stands for, special tokens by their names. A token within a character has a
+    /// replacement character.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Decode`].
+    pub fn token_text(&self, id: u32) -> Result<String, TokenizerError> {
+        self.inner
+            .decode(&[id], false)
+            .map_err(|e| TokenizerError::Decode(e.to_string()))
+    }
 }
 
 /// The text of one sequence as it is generated.

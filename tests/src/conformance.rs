@@ -192,6 +192,7 @@ impl World {
                     params: *params,
                     index: end as u32,
                     suppressed_ids,
+                    ..Draw::GREEDY
                 }),
             });
             sequence.past = end;
@@ -240,10 +241,8 @@ fn deviation(found: &[f32], expected: &[f32]) -> f32 {
 fn draws() -> Vec<(DrawParams, Vec<u32>)> {
     let free = DrawParams {
         temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
         seed: 0x1234_5678_9abc_def0,
+        ..DrawParams::GREEDY
     };
     vec![
         (DrawParams::GREEDY, vec![]),
@@ -266,6 +265,17 @@ fn draws() -> Vec<(DrawParams, Vec<u32>)> {
                 top_p: 0.5,
                 min_p: 0.01,
                 seed: 7,
+                ..free
+            },
+            vec![2, 9],
+        ),
+        // Beyond what the CUDA kernel chooses.
+        (
+            DrawParams {
+                typical_p: 0.6,
+                epsilon_cutoff: 0.001,
+                eta_cutoff: 0.002,
+                ..free
             },
             vec![2, 9],
         ),

@@ -1,14 +1,15 @@
 //! `kiln generate`.
 
 use super::interrupt;
-use super::output::{Printer, TensorFile};
+use super::output::{Printed, Printer, TensorFile};
 use super::requests::{self, Line};
-use super::settings::Settings;
+use super::settings::{Settings, Wanted};
 use super::{DeviceArgs, Loaded, describe, load, read_file};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
 use kiln_runtime::device::Observe;
-use kiln_runtime::{Completion, Engine, Event, Prompt, Request, RequestId};
+use kiln_runtime::{Completion, Engine, Event, Prompt, Request, RequestError, RequestId};
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -62,12 +63,37 @@ struct Files {
     hidden_size: usize,
 }
 
+/// A request, and the place to name when it is refused.
+struct Asked {
+    place: String,
+    request: Request,
+    wanted: Wanted,
+}
+
+/// A request that runs.
+struct Running {
+    wanted: Wanted,
+    /// The text before each of its results.
+    echo: String,
+    /// Generations that are not done.
+    left: usize,
+    /// Those that are, by their index; none for one that failed.
+    done: Vec<Option<Completion>>,
+}
+
 pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let observe = Observe {
         logits: args.output_logits.is_some(),
         hidden_states: args.output_hidden_states.is_some(),
     };
     let requests = read_requests(&args, observe)?;
+    if args.input.is_none()
+        && let Some(error) = requests.iter().find_map(|asked| asked.check().err())
+    {
+        // These came from flags alone.
+        eprintln!("error: {error}");
+        return Ok(ExitCode::from(2));
+    }
     interrupt::install()?;
     let Loaded {
         mut engine,
@@ -77,9 +103,9 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     if engine.tokenizer().is_none() && !args.json {
         eprintln!("note: this bundle has no tokenizer, so there is no text; --json prints ids");
     }
-    let mut ids = Vec::new();
-    for (place, request) in requests {
-        ids.push(engine.submit(request).with_context(|| place)?);
+    let mut batch = Batch::default();
+    for asked in requests {
+        batch.submit(asked, &mut engine)?;
     }
     let model = &bundle.manifest().model;
     let mut files = Files {
@@ -98,9 +124,9 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         hidden_size: model.hidden_size as usize,
     };
     let mut printer = Printer::new(io::stdout().lock(), args.json, load_time);
-    let failed = generate(&mut engine, &ids, &mut printer, &mut files)?;
+    let failed = batch.generate(&mut engine, &mut printer, &mut files)?;
     if interrupt::interrupted() && !engine.is_idle() {
-        let (done, all) = (printer.printed(), ids.len());
+        let (done, all) = (printer.printed(), batch.running.len());
         eprintln!("interrupted: {done} of {all} prompts done");
         return Ok(interrupt::exit_code());
     }
@@ -114,8 +140,13 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// The requests, each with the place to name when it is refused.
-fn read_requests(args: &GenerateArgs, observe: Observe) -> anyhow::Result<Vec<(String, Request)>> {
+/// The requests, in their order.
+fn read_requests(args: &GenerateArgs, observe: Observe) -> anyhow::Result<Vec<Asked>> {
+    let asked = |place: String, prompt: Prompt, settings: &Settings| Asked {
+        place,
+        request: settings.request(prompt, observe),
+        wanted: settings.wanted(),
+    };
     if let Some(path) = &args.input {
         let name = path.display();
         let lines = requests::parse(&read_file(path)?, &args.settings);
@@ -123,15 +154,9 @@ fn read_requests(args: &GenerateArgs, observe: Observe) -> anyhow::Result<Vec<(S
         if lines.is_empty() {
             bail!("{name} holds no requests");
         }
-        let request = |Line {
-                           number,
-                           prompt,
-                           settings,
-                       }: Line| {
-            (
-                format!("{name}: line {number}"),
-                settings.request(prompt, observe),
-            )
+        let request = |line: Line| {
+            let place = format!("{name}: line {}", line.number);
+            asked(place, line.prompt, &line.settings)
         };
         return Ok(lines.into_iter().map(request).collect());
     }
@@ -151,41 +176,143 @@ fn read_requests(args: &GenerateArgs, observe: Observe) -> anyhow::Result<Vec<(S
             Prompt::Text(args.prompt.clone().unwrap_or_default()),
         )
     };
-    Ok(vec![(place, args.settings.request(prompt, observe))])
+    Ok(vec![asked(place, prompt, &args.settings)])
 }
 
-/// Runs the requests until all are done or Ctrl-C is pressed. Returns whether one of them failed.
-fn generate(
-    engine: &mut Engine,
-    ids: &[RequestId],
-    printer: &mut Printer<io::StdoutLock<'_>>,
-    files: &mut Files,
-) -> anyhow::Result<bool> {
-    let mut failed = false;
-    let index_of = |id| ids.binary_search(&id).unwrap_or_default();
-    while !engine.is_idle() {
-        if interrupt::interrupted() {
-            printer.interrupted()?;
-            break;
+impl Asked {
+    fn check(&self) -> Result<(), RequestError> {
+        self.request.check()?;
+        self.wanted.choices.check(&self.request)
+    }
+}
+
+/// The requests that run together.
+#[derive(Default)]
+struct Batch {
+    running: Vec<Running>,
+    /// Index of the request, and of the generation in it.
+    owners: HashMap<RequestId, (usize, usize)>,
+}
+
+impl Batch {
+    fn submit(&mut self, asked: Asked, engine: &mut Engine) -> anyhow::Result<()> {
+        asked.check().with_context(|| asked.place.clone())?;
+        let Asked {
+            place,
+            request,
+            wanted,
+        } = asked;
+        let generations = wanted.choices.requests(&request);
+        let left = generations.len();
+        for (index, generation) in generations.into_iter().enumerate() {
+            let id = engine.submit(generation).with_context(|| place.clone())?;
+            self.owners.insert(id, (self.running.len(), index));
         }
-        for event in engine.step()? {
-            match event {
-                Event::Token(token) => printer.token(index_of(token.request), &token)?,
-                Event::Finished(completion) => {
-                    let index = index_of(completion.request);
-                    printer.finished(index, &completion)?;
-                    files.take(index, *completion);
-                }
-                Event::Failed { request, error } => {
-                    let index = index_of(request);
-                    eprintln!("error: request {index}: {}", describe(&error.into()));
-                    printer.failed(index)?;
-                    failed = true;
+        let echo = match (wanted.echo, request.prompt, engine.tokenizer()) {
+            (true, Prompt::Text(text), _) => text,
+            (true, Prompt::Ids(ids), Some(tokenizer)) => tokenizer.decode(&ids)?,
+            _ => String::new(),
+        };
+        self.running.push(Running {
+            wanted,
+            echo,
+            left,
+            done: vec![None; left],
+        });
+        Ok(())
+    }
+
+    /// Runs the requests until all are done or Ctrl-C is pressed. Returns whether one of them failed.
+    fn generate(
+        &mut self,
+        engine: &mut Engine,
+        printer: &mut Printer<io::StdoutLock<'_>>,
+        files: &mut Files,
+    ) -> anyhow::Result<bool> {
+        let mut failed = false;
+        for (index, running) in self.running.iter().enumerate() {
+            if running.streams() {
+                printer.text(index, &running.echo)?;
+            }
+        }
+        while !engine.is_idle() {
+            if interrupt::interrupted() {
+                printer.interrupted()?;
+                break;
+            }
+            for event in engine.step()? {
+                match event {
+                    Event::Token(token) => {
+                        let index = self.owner(token.request).0;
+                        if self.running.get(index).is_some_and(Running::streams) {
+                            printer.text(index, &token.text)?;
+                        }
+                    }
+                    Event::Finished(completion) => {
+                        let owner = self.owner(completion.request);
+                        self.end(owner, Some(*completion), engine, printer, files)?;
+                    }
+                    Event::Failed { request, error } => {
+                        let owner = self.owner(request);
+                        eprintln!("error: request {}: {}", owner.0, describe(&error.into()));
+                        self.end(owner, None, engine, printer, files)?;
+                        failed = true;
+                    }
                 }
             }
         }
+        Ok(failed)
     }
-    Ok(failed)
+
+    fn owner(&self, id: RequestId) -> (usize, usize) {
+        self.owners.get(&id).copied().unwrap_or_default()
+    }
+
+    /// Takes note of a generation's end, and prints the request where it was the last.
+    fn end(
+        &mut self,
+        (index, generation): (usize, usize),
+        completion: Option<Completion>,
+        engine: &Engine,
+        printer: &mut Printer<io::StdoutLock<'_>>,
+        files: &mut Files,
+    ) -> anyhow::Result<()> {
+        let Some(running) = self.running.get_mut(index) else {
+            return Ok(());
+        };
+        running.left -= 1;
+        if let Some(done) = running.done.get_mut(generation) {
+            *done = completion;
+        }
+        if running.left > 0 {
+            return Ok(());
+        }
+        let all = std::mem::take(&mut running.done).into_iter().flatten();
+        let best = running.wanted.choices.best(all.collect());
+        if best.is_empty() {
+            printer.failed(index)?;
+            return Ok(());
+        }
+        let result = Printed {
+            choices: &best,
+            logprobs: running.wanted.logprobs,
+            echo: running.wanted.echo,
+            echo_text: &running.echo,
+            streamed: running.streams(),
+        };
+        printer.finished(index, &result, engine.tokenizer())?;
+        for completion in best {
+            files.take(index, completion);
+        }
+        Ok(())
+    }
+}
+
+impl Running {
+    /// Whether its text can be printed as it comes.
+    fn streams(&self) -> bool {
+        self.wanted.choices.generated == 1
+    }
 }
 
 impl Files {

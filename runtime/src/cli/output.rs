@@ -2,9 +2,10 @@
 
 use super::milliseconds;
 use anyhow::Context;
-use kiln_runtime::{Completion, TokenEvent};
+use kiln_runtime::{Completion, TokenLogprob, Tokenizer, TokenizerError};
 use safetensors::tensor::{Dtype, TensorView};
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -45,26 +46,33 @@ impl<W: Write> Printer<W> {
         self.next
     }
 
-    /// Takes in a token's text.
-    pub(super) fn token(&mut self, index: usize, token: &TokenEvent) -> io::Result<()> {
-        if self.json || token.text.is_empty() {
+    /// Takes in a piece of text.
+    pub(super) fn text(&mut self, index: usize, text: &str) -> io::Result<()> {
+        if self.json || text.is_empty() {
             return Ok(());
         }
-        self.later.entry(index).or_default().text += &token.text;
+        self.later.entry(index).or_default().text += text;
         self.flush()
     }
 
     /// Takes in a result.
-    pub(super) fn finished(&mut self, index: usize, completion: &Completion) -> io::Result<()> {
+    pub(super) fn finished(
+        &mut self,
+        index: usize,
+        printed: &Printed<'_>,
+        tokenizer: Option<&Tokenizer>,
+    ) -> anyhow::Result<()> {
         let end = if self.json {
-            let mut line = serde_json::to_string(&Result::new(completion, self.load_time))?;
-            line.push('\n');
-            line
-        } else {
+            let line = Line::new(printed, self.load_time, tokenizer)?;
+            format!("{}\n", serde_json::to_string(&line)?)
+        } else if printed.streamed {
             "\n".to_owned()
+        } else {
+            let line = |choice: &Completion| format!("{}{}\n", printed.echo_text, choice.text);
+            printed.choices.iter().map(line).collect()
         };
         self.later.entry(index).or_default().done = Some(end);
-        self.flush()
+        Ok(self.flush()?)
     }
 
     /// Leaves a request out.
@@ -109,11 +117,25 @@ fn stdout_error(error: io::Error) -> io::Error {
     )
 }
 
+/// A request's result, and what is to be seen of it.
+pub(super) struct Printed<'a> {
+    /// At least one.
+    pub(super) choices: &'a [Completion],
+    /// Whether log-probabilities are.
+    pub(super) logprobs: bool,
+    /// Whether the prompt is.
+    pub(super) echo: bool,
+    /// Its text.
+    pub(super) echo_text: &'a str,
+    /// Whether the text has been printed.
+    pub(super) streamed: bool,
+}
+
 /// A line of `--json`.
 #[derive(Serialize)]
-struct Result<'a> {
+struct Line<'a> {
     prompt_ids: &'a [u32],
-    choices: [Choice<'a>; 1],
+    choices: Vec<Choice<'a>>,
     usage: Usage,
     timing: Timing,
 }
@@ -121,11 +143,34 @@ struct Result<'a> {
 #[derive(Serialize)]
 struct Choice<'a> {
     ids: &'a [u32],
-    text: &'a str,
+    text: String,
     finish_reason: &'static str,
-    /// Of beam search.
+    /// The log-probability of `ids`, where it is known.
     score: Option<f32>,
-    logprobs: Option<f32>,
+    logprobs: Option<LogprobLists>,
+}
+
+/// Parallel lists; the first token of an echoed prompt follows nothing and has none.
+#[derive(Serialize)]
+struct LogprobLists {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens: Option<Vec<String>>,
+    token_ids: Vec<u32>,
+    token_logprobs: Vec<Option<f32>>,
+    top_logprobs: Vec<Option<Top>>,
+}
+
+/// `{"id": logprob, ...}`, the likeliest first.
+struct Top(Vec<(u32, f32)>);
+
+impl Serialize for Top {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (id, logprob) in &self.0 {
+            map.serialize_entry(id, logprob)?;
+        }
+        map.end()
+    }
 }
 
 #[derive(Serialize)]
@@ -142,30 +187,77 @@ struct Timing {
     decode_ms: f64,
 }
 
-impl<'a> Result<'a> {
-    fn new(completion: &'a Completion, load_time: Duration) -> Result<'a> {
-        let (prompt_tokens, completion_tokens) =
-            (completion.prompt_ids.len(), completion.ids.len());
-        Result {
-            prompt_ids: &completion.prompt_ids,
-            choices: [Choice {
+impl<'a> Line<'a> {
+    fn new(
+        printed: &Printed<'a>,
+        load_time: Duration,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Line<'a>, TokenizerError> {
+        let completions = printed.choices;
+        let prompt_ids = completions.first().map_or(&[][..], |c| &c.prompt_ids);
+        let choice = |completion: &'a Completion| {
+            let logprobs = printed
+                .logprobs
+                .then(|| LogprobLists::new(completion, printed.echo, tokenizer));
+            Ok(Choice {
                 ids: &completion.ids,
-                text: &completion.text,
+                text: format!("{}{}", printed.echo_text, completion.text),
                 finish_reason: completion.finish_reason.name(),
-                score: None,
-                logprobs: None,
-            }],
+                score: completion.score(),
+                logprobs: logprobs.transpose()?,
+            })
+        };
+        let completion_tokens = completions.iter().map(|c| c.ids.len()).sum();
+        let longest = |time: fn(&Completion) -> Duration| {
+            milliseconds(completions.iter().map(time).max().unwrap_or_default())
+        };
+        Ok(Line {
+            prompt_ids,
+            choices: completions.iter().map(choice).collect::<Result<_, _>>()?,
             usage: Usage {
-                prompt_tokens,
+                prompt_tokens: prompt_ids.len(),
                 completion_tokens,
-                total_tokens: prompt_tokens + completion_tokens,
+                total_tokens: prompt_ids.len() + completion_tokens,
             },
             timing: Timing {
                 load_ms: milliseconds(load_time),
-                prefill_ms: milliseconds(completion.timing.prefill),
-                decode_ms: milliseconds(completion.timing.decode),
+                prefill_ms: longest(|completion| completion.timing.prefill),
+                decode_ms: longest(|completion| completion.timing.decode),
             },
+        })
+    }
+}
+
+impl LogprobLists {
+    fn new(
+        completion: &Completion,
+        echo: bool,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<LogprobLists, TokenizerError> {
+        let mut lists = LogprobLists {
+            tokens: None,
+            token_ids: Vec::new(),
+            token_logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
+        };
+        if echo && let Some(&first) = completion.prompt_ids.first() {
+            lists.token_ids.push(first);
+            lists.token_logprobs.push(None);
+            lists.top_logprobs.push(None);
         }
+        let logprobs = completion.logprobs.iter();
+        for TokenLogprob { id, logprob, top } in
+            logprobs.flat_map(|l| l.prompt.iter().chain(&l.generated))
+        {
+            lists.token_ids.push(*id);
+            lists.token_logprobs.push(Some(*logprob));
+            lists.top_logprobs.push(Some(Top(top.clone())));
+        }
+        if let Some(tokenizer) = tokenizer {
+            let texts = lists.token_ids.iter().map(|&id| tokenizer.token_text(id));
+            lists.tokens = Some(texts.collect::<Result<_, _>>()?);
+        }
+        Ok(lists)
     }
 }
 
@@ -237,7 +329,7 @@ impl Drop for TensorFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kiln_runtime::{FinishReason, RequestId};
+    use kiln_runtime::{FinishReason, Logprobs, RequestId};
 
     fn completion(text: &str) -> Completion {
         Completion {
@@ -246,40 +338,58 @@ mod tests {
             ids: vec![16, 2],
             text: text.to_owned(),
             finish_reason: FinishReason::Stop,
+            logprobs: None,
             logits: Vec::new(),
             hidden_states: Vec::new(),
             timing: Default::default(),
         }
     }
 
-    fn token(text: &str) -> TokenEvent {
-        TokenEvent {
-            request: RequestId(0),
-            id: 0,
-            text: text.to_owned(),
+    fn printed(choices: &[Completion]) -> Printed<'_> {
+        Printed {
+            choices,
+            logprobs: false,
+            echo: false,
+            echo_text: "",
+            streamed: true,
         }
     }
 
     #[test]
     fn text_comes_in_order_and_as_it_is_made() {
         let mut printer = Printer::new(Vec::new(), false, Duration::ZERO);
-        printer.token(1, &token("B")).unwrap();
+        printer.text(1, "B").unwrap();
         assert_eq!(printer.out, b"");
-        printer.token(0, &token("a")).unwrap();
+        printer.text(0, "a").unwrap();
         assert_eq!(printer.out, b"a");
-        printer.finished(1, &completion("B")).unwrap();
-        printer.finished(0, &completion("a")).unwrap();
+        let (first, second) = ([completion("a")], [completion("B")]);
+        printer.finished(1, &printed(&second), None).unwrap();
+        printer.finished(0, &printed(&first), None).unwrap();
         assert_eq!(printer.out, b"a\nB\n");
-        printer.token(2, &token("c")).unwrap();
+        printer.text(2, "c").unwrap();
         assert_eq!(printer.out, b"a\nB\nc");
         assert_eq!(printer.printed(), 2);
     }
 
     #[test]
+    fn several_choices_are_a_line_each() {
+        let mut printer = Printer::new(Vec::new(), false, Duration::ZERO);
+        let choices = [completion(" x"), completion(" y")];
+        let several = Printed {
+            echo_text: "So",
+            streamed: false,
+            ..printed(&choices)
+        };
+        printer.finished(0, &several, None).unwrap();
+        assert_eq!(printer.out, b"So x\nSo y\n");
+    }
+
+    #[test]
     fn json_is_as_the_contract_says() {
         let mut printer = Printer::new(Vec::new(), true, Duration::from_millis(5));
-        printer.token(0, &token("never printed")).unwrap();
-        printer.finished(0, &completion(" is")).unwrap();
+        printer.text(0, "never printed").unwrap();
+        let choices = [completion(" is")];
+        printer.finished(0, &printed(&choices), None).unwrap();
         assert_eq!(
             String::from_utf8(printer.out).unwrap(),
             "{\"prompt_ids\":[2,713],\"choices\":[{\"ids\":[16,2],\"text\":\" is\",\
@@ -287,6 +397,36 @@ mod tests {
              \"usage\":{\"prompt_tokens\":2,\"completion_tokens\":2,\"total_tokens\":4},\
              \"timing\":{\"load_ms\":5.0,\"prefill_ms\":0.0,\"decode_ms\":0.0}}\n"
         );
+    }
+
+    #[test]
+    fn logprobs_are_parallel_lists() {
+        let token = |id, logprob| TokenLogprob {
+            id,
+            logprob,
+            top: vec![(16, -0.25), (9, -2.5)],
+        };
+        let mut choices = [completion(" is")];
+        choices[0].logprobs = Some(Logprobs {
+            prompt: vec![token(713, -1.0)],
+            generated: vec![token(16, -0.25), token(2, -3.0)],
+        });
+        let mut printer = Printer::new(Vec::new(), true, Duration::ZERO);
+        let result = Printed {
+            logprobs: true,
+            echo: true,
+            echo_text: "So",
+            ..printed(&choices)
+        };
+        printer.finished(0, &result, None).unwrap();
+        let line = String::from_utf8(printer.out).unwrap();
+        let top = "{\"16\":-0.25,\"9\":-2.5}";
+        let expect = format!(
+            "\"text\":\"So is\",\"finish_reason\":\"stop\",\"score\":-3.25,\"logprobs\":{{\
+             \"token_ids\":[2,713,16,2],\"token_logprobs\":[null,-1.0,-0.25,-3.0],\
+             \"top_logprobs\":[null,{top},{top},{top}]}}"
+        );
+        assert!(line.contains(&expect), "{line}");
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! `requests.jsonl`: one request a line, `prompt` or `prompt_ids` and any generation flag under its
 //! long name with underscores. Flags of the command line hold where a line is silent.
 
-use super::settings::Settings;
-use kiln_runtime::Prompt;
+use super::settings::{Ids, Settings};
+use kiln_runtime::{Prompt, SequenceBias};
 use serde_json::{Map, Value};
 
 /// A prompt and how to continue it.
@@ -76,11 +76,34 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
         "prompt" | "prompt_ids" => {}
         "max_new_tokens" => settings.max_new_tokens = Some(unsigned(value)?),
         "min_new_tokens" => settings.min_new_tokens = Some(unsigned(value)?),
+        "min_length" => settings.min_length = Some(unsigned(value)?),
         "temperature" => settings.temperature = Some(float(value)?),
         "top_k" => settings.top_k = Some(unsigned(value)?),
         "top_p" => settings.top_p = Some(float(value)?),
         "min_p" => settings.min_p = Some(float(value)?),
+        "typical_p" => settings.typical_p = Some(float(value)?),
+        "epsilon_cutoff" => settings.epsilon_cutoff = Some(float(value)?),
+        "eta_cutoff" => settings.eta_cutoff = Some(float(value)?),
         "seed" => settings.seed = Some(unsigned(value)?),
+        "repetition_penalty" => settings.repetition_penalty = Some(float(value)?),
+        "presence_penalty" => settings.presence_penalty = Some(float(value)?),
+        "frequency_penalty" => settings.frequency_penalty = Some(float(value)?),
+        "no_repeat_ngram_size" => settings.no_repeat_ngram_size = Some(unsigned(value)?),
+        "logit_bias" => settings.logit_bias = logit_bias(value)?,
+        "sequence_bias" => settings.sequence_bias = list(value, sequence_bias)?,
+        "bad_words_ids" => settings.bad_words_ids = list(value, ids)?,
+        "suppress_tokens" => settings.suppress_tokens = list(value, unsigned)?,
+        "begin_suppress_tokens" => settings.begin_suppress_tokens = list(value, unsigned)?,
+        "forced_bos_token_id" => settings.forced_bos_token_id = Some(unsigned(value)?),
+        "forced_eos_token_id" => settings.forced_eos_token_id = Some(unsigned(value)?),
+        "exponential_decay_length_penalty" => {
+            let (start, factor) = pair(value, "[start, factor]")?;
+            settings.exponential_decay_length_penalty = Some((unsigned(start)?, float(factor)?));
+        }
+        "logprobs" => settings.logprobs = Some(unsigned(value)?),
+        "echo" => settings.echo = flag(value)?,
+        "num_return_sequences" => settings.num_return_sequences = Some(unsigned(value)?),
+        "best_of" => settings.best_of = Some(unsigned(value)?),
         "stop" => {
             settings.stop = match value {
                 Value::String(stop) => vec![stop.clone()],
@@ -88,14 +111,15 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
             }
         }
         "stop_token_ids" => settings.stop_token_ids = list(value, unsigned)?,
-        "ignore_eos" => {
-            let flag = value.as_bool();
-            settings.ignore_eos = flag.ok_or_else(|| unexpected("true or false", value))?;
-        }
+        "ignore_eos" => settings.ignore_eos = flag(value)?,
         _ => {
             return Err(
-                "unknown; known are prompt, prompt_ids, max_new_tokens, min_new_tokens, \
-                        temperature, top_k, top_p, min_p, seed, stop, stop_token_ids, ignore_eos"
+                "unknown; known are prompt, prompt_ids, max_new_tokens, min_new_tokens, min_length, \
+                 temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, seed, \
+                 repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, \
+                 logit_bias, sequence_bias, bad_words_ids, suppress_tokens, begin_suppress_tokens, \
+                 forced_bos_token_id, forced_eos_token_id, exponential_decay_length_penalty, stop, \
+                 stop_token_ids, ignore_eos, logprobs, echo, num_return_sequences, best_of"
                     .to_owned(),
             );
         }
@@ -114,6 +138,48 @@ fn float(value: &Value) -> Result<f32, String> {
         .as_f64()
         .map(|number| number as f32)
         .ok_or_else(|| unexpected("a number", value))
+}
+
+fn flag(value: &Value) -> Result<bool, String> {
+    value
+        .as_bool()
+        .ok_or_else(|| unexpected("true or false", value))
+}
+
+fn ids(value: &Value) -> Result<Ids, String> {
+    list(value, unsigned).map(Ids)
+}
+
+/// `[[ids], bias]`.
+fn sequence_bias(value: &Value) -> Result<SequenceBias, String> {
+    let (ids, bias) = pair(value, "[[ids], bias]")?;
+    Ok(SequenceBias {
+        ids: list(ids, unsigned)?,
+        bias: float(bias)?,
+    })
+}
+
+/// `{"id": bias, ...}`, as OpenAI has it.
+fn logit_bias(value: &Value) -> Result<Vec<SequenceBias>, String> {
+    let biases = value
+        .as_object()
+        .ok_or_else(|| unexpected("an object of token ids and numbers", value))?;
+    let bias = |(id, bias): (&String, &Value)| {
+        let token = id.parse().map_err(|_| format!("{id:?} is no token id"))?;
+        let bias = float(bias).map_err(|problem| format!("{id:?}: {problem}"))?;
+        Ok(SequenceBias {
+            ids: vec![token],
+            bias,
+        })
+    };
+    biases.iter().map(bias).collect()
+}
+
+fn pair<'a>(value: &'a Value, expected: &str) -> Result<(&'a Value, &'a Value), String> {
+    match value.as_array().map(Vec::as_slice) {
+        Some([first, second]) => Ok((first, second)),
+        _ => Err(unexpected(expected, value)),
+    }
 }
 
 fn string(value: &Value) -> Result<String, String> {
@@ -183,6 +249,27 @@ mod tests {
     }
 
     #[test]
+    fn fields_are_the_flags() {
+        let text = "{\"prompt\": \"a\", \"logit_bias\": {\"5\": -100, \"6\": 2.5}, \
+                    \"sequence_bias\": [[[1, 2], 0.5]], \"bad_words_ids\": [[3], [4, 5]], \
+                    \"exponential_decay_length_penalty\": [7, 1.25], \"repetition_penalty\": 1.5, \
+                    \"logprobs\": 3, \"echo\": true, \"num_return_sequences\": 2, \"best_of\": 4}";
+        let lines = parse(text.as_bytes(), &Settings::default()).unwrap();
+        let settings = &lines[0].settings;
+        let bias = |ids: &[u32], bias| SequenceBias {
+            ids: ids.to_vec(),
+            bias,
+        };
+        assert_eq!(settings.logit_bias, [bias(&[5], -100.0), bias(&[6], 2.5)]);
+        assert_eq!(settings.sequence_bias, [bias(&[1, 2], 0.5)]);
+        assert_eq!(settings.bad_words_ids, [Ids(vec![3]), Ids(vec![4, 5])]);
+        assert_eq!(settings.exponential_decay_length_penalty, Some((7, 1.25)));
+        assert_eq!(settings.repetition_penalty, Some(1.5));
+        assert_eq!((settings.logprobs, settings.echo), (Some(3), true));
+        assert_eq!(settings.wanted().choices.generated, 4);
+    }
+
+    #[test]
     fn mistakes_name_line_and_field() {
         let good = "{\"prompt\": \"a\"}\n";
         fails(&format!("{good}{{]"), "line 2: not JSON");
@@ -204,6 +291,18 @@ mod tests {
         fails(
             "{\"prompt\": \"a\", \"top_p\": \"x\"}",
             "field \"top_p\": expected a number, found a string",
+        );
+        fails(
+            "{\"prompt\": \"a\", \"logit_bias\": {\"x\": 1}}",
+            "field \"logit_bias\": \"x\" is no token id",
+        );
+        fails(
+            "{\"prompt\": \"a\", \"sequence_bias\": [[[1], 2], [3]]}",
+            "field \"sequence_bias\": [1]: expected [[ids], bias], found an array",
+        );
+        fails(
+            "{\"prompt\": \"a\", \"bad_words_ids\": [[1, \"x\"]]}",
+            "field \"bad_words_ids\": [0]: [1]: expected an unsigned integer",
         );
         fails(
             "{\"prompt\": \"a\", \"seed\": 1.5}",

@@ -21,10 +21,11 @@ pub use cpu::{CpuDevice, CpuOptions};
 pub use cuda::{CudaDevice, CudaOptions};
 pub use memory::available_bytes;
 
-use crate::sampler::Draw;
+use crate::sampling::{Draw, DrawParams, Rules};
 use cuda::{DriverError, NvidiaGpu};
 use kiln_bundle::{BundleError, Executable};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Runs the executables of one target of a bundle.
 pub trait Device: Send {
@@ -112,6 +113,7 @@ pub struct Step {
     token_ids: Vec<u32>,
     block_tables: Vec<u32>,
     suppressed_ids: Vec<u32>,
+    histories: Vec<u32>,
 }
 
 /// What a step reports besides its sampled tokens.
@@ -193,7 +195,16 @@ struct Entry {
     past_len: u32,
     block_table: Range<usize>,
     logit_rows: LogitRows,
-    draw: Option<(Draw<'static>, Range<usize>)>,
+    draw: Option<EntryDraw>,
+}
+
+#[derive(Clone, Debug)]
+struct EntryDraw {
+    params: DrawParams,
+    index: u32,
+    suppressed_ids: Range<usize>,
+    rules: Option<Arc<Rules>>,
+    history: Range<usize>,
 }
 
 impl Step {
@@ -204,6 +215,7 @@ impl Step {
         self.token_ids.clear();
         self.block_tables.clear();
         self.suppressed_ids.clear();
+        self.histories.clear();
     }
 
     /// Adds a sequence.
@@ -213,15 +225,12 @@ impl Step {
             Tokens::LastSampled => None,
         };
         let block_table = append(&mut self.block_tables, sequence.block_table);
-        let draw = sequence.draw.map(|draw| {
-            let suppressed = append(&mut self.suppressed_ids, draw.suppressed_ids);
-            (
-                Draw {
-                    suppressed_ids: &[],
-                    ..draw
-                },
-                suppressed,
-            )
+        let draw = sequence.draw.map(|draw| EntryDraw {
+            params: draw.params,
+            index: draw.index,
+            suppressed_ids: append(&mut self.suppressed_ids, draw.suppressed_ids),
+            rules: draw.rules.cloned(),
+            history: append(&mut self.histories, draw.history),
         });
         self.sequences.push(Entry {
             slot: sequence.slot,
@@ -244,9 +253,12 @@ impl Step {
             past_len: entry.past_len,
             block_table: &self.block_tables[entry.block_table.clone()],
             logit_rows: entry.logit_rows,
-            draw: entry.draw.as_ref().map(|(draw, suppressed)| Draw {
-                suppressed_ids: &self.suppressed_ids[suppressed.clone()],
-                ..*draw
+            draw: entry.draw.as_ref().map(|draw| Draw {
+                params: draw.params,
+                index: draw.index,
+                suppressed_ids: &self.suppressed_ids[draw.suppressed_ids.clone()],
+                rules: draw.rules.as_ref(),
+                history: &self.histories[draw.history.clone()],
             }),
         })
     }
@@ -447,17 +459,25 @@ fn mib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampler::{Draw, DrawParams};
+    use crate::sampling::Processors;
 
     #[test]
     fn a_step_gives_back_what_was_pushed() {
+        let rules = Arc::new(Rules {
+            processors: Processors::NONE,
+            prompt_len: 1,
+            max_new_tokens: 9,
+            eos_token_ids: vec![2],
+        });
         let mut step = Step::default();
         for _ in 0..2 {
             step.clear();
             let draw = Draw {
-                params: DrawParams::GREEDY,
                 index: 3,
                 suppressed_ids: &[2, 9],
+                rules: Some(&rules),
+                history: &[7, 7, 1],
+                ..Draw::GREEDY
             };
             step.push(&SequenceStep {
                 slot: 1,
@@ -479,8 +499,7 @@ mod tests {
             assert_eq!(sequences.len(), 2);
             assert_eq!(sequences[0].tokens, Tokens::Ids(&[5, 6, 7]));
             assert_eq!(sequences[0].block_table, [4, 2]);
-            assert_eq!(sequences[0].draw.unwrap().suppressed_ids, [2, 9]);
-            assert_eq!(sequences[0].draw.unwrap().index, 3);
+            assert_eq!(sequences[0].draw, Some(draw));
             assert_eq!(sequences[1].tokens, Tokens::LastSampled);
             assert_eq!(sequences[1].block_table, [8, 9, 1]);
             assert!(sequences[1].draw.is_none());

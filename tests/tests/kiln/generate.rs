@@ -196,6 +196,108 @@ fn results_come_in_the_order_of_the_requests() {
 }
 
 /// The flags must be refused with this message and exit code.
+#[test]
+fn penalties_change_what_is_chosen() {
+    let ids = |flags: &[&str]| -> Vec<u64> {
+        let common = ["ROMEO:", "--max-new-tokens", "40", "--ignore-eos", "--json"];
+        let found = json_line(&kiln(&[&common, flags].concat()));
+        serde_json::from_value(found["choices"][0]["ids"].clone()).unwrap()
+    };
+    let plain = ids(&[]);
+    let pairs = |ids: &[u64]| {
+        let mut pairs: Vec<_> = ids.windows(2).map(<[u64]>::to_vec).collect();
+        pairs.sort_unstable();
+        pairs.dedup();
+        pairs.len()
+    };
+    assert_eq!(pairs(&ids(&["--no-repeat-ngram-size", "2"])), 39);
+    assert_ne!(ids(&["--repetition-penalty", "1.5"]), plain);
+    assert_ne!(ids(&["--frequency-penalty", "2"]), plain);
+    let first = plain[0].to_string();
+    assert!(!ids(&["--suppress-tokens", &first]).contains(&plain[0]));
+    assert_ne!(ids(&["--begin-suppress-tokens", &first])[0], plain[0]);
+    let bias = format!("{first}=100");
+    assert_eq!(ids(&["--logit-bias", &bias]), [plain[0]; 40]);
+    let word = format!("{},{}", plain[3], plain[4]);
+    let without = ids(&["--bad-words-ids", &word]);
+    assert!(!without.windows(2).any(|pair| pair == &plain[3..5]));
+    assert_eq!(ids(&["--forced-eos-token-id", "7"])[39], 7);
+}
+
+#[test]
+fn logprobs_are_those_of_the_logits() {
+    let flags = ["ROMEO:", "--max-new-tokens", "8", "--ignore-eos", "--json"];
+    let generated = json_line(&kiln(&[&flags[..], &["--logprobs", "3"]].concat()));
+    let choice = &generated["choices"][0];
+    let logprobs = &choice["logprobs"];
+    assert_eq!(logprobs["token_ids"], choice["ids"]);
+    assert_eq!(logprobs["tokens"].as_array().unwrap().len(), 8);
+    let values: Vec<f64> = serde_json::from_value(logprobs["token_logprobs"].clone()).unwrap();
+    let score = choice["score"].as_f64().unwrap();
+    assert!((values.iter().sum::<f64>() - score).abs() < 1e-4);
+    for (place, top) in logprobs["top_logprobs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .enumerate()
+    {
+        let top = top.as_object().unwrap();
+        assert_eq!(top.len(), 3);
+        // Greedy: the token is the likeliest.
+        let best = top
+            .values()
+            .filter_map(Value::as_f64)
+            .fold(f64::MIN, f64::max);
+        assert_eq!(best, values[place]);
+    }
+
+    // What was generated, echoed as a prompt.
+    let all = [&generated["prompt_ids"], &choice["ids"]].map(|ids| ids.as_array().unwrap().clone());
+    let ids: Vec<String> = all.concat().iter().map(Value::to_string).collect();
+    let prompt = ids.join(",");
+    let echoed = json_line(&kiln(&[
+        "--prompt-ids",
+        &prompt,
+        "--max-new-tokens",
+        "0",
+        "--logprobs",
+        "0",
+        "--echo",
+        "--json",
+    ]));
+    let echoed: Vec<Option<f64>> =
+        serde_json::from_value(echoed["choices"][0]["logprobs"]["token_logprobs"].clone()).unwrap();
+    assert_eq!(echoed[0], None);
+    // Prefill and decode give the same bits.
+    let tail: Vec<f64> = echoed[echoed.len() - 8..]
+        .iter()
+        .map(|p| p.unwrap())
+        .collect();
+    assert_eq!(tail, values);
+}
+
+#[test]
+fn the_best_of_several_are_returned() {
+    let flags = ["ROMEO:", "--max-new-tokens", "12", "--seed", "5", "--json"];
+    let choices = |more: &[&str]| -> Vec<Value> {
+        let found = json_line(&kiln(&[&flags[..], more].concat()));
+        found["choices"].as_array().unwrap().clone()
+    };
+    let all = choices(&["--num-return-sequences", "4", "--logprobs", "0"]);
+    assert_eq!(all.len(), 4);
+    assert_eq!(all[0]["ids"], choices(&[])[0]["ids"]);
+    let mean = |choice: &Value| {
+        choice["score"].as_f64().unwrap() / choice["ids"].as_array().unwrap().len() as f64
+    };
+    let mut ranked = all.clone();
+    ranked.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+    let best = choices(&["--num-return-sequences", "2", "--best-of", "4"]);
+    let ids =
+        |choices: &[Value]| -> Vec<Value> { choices.iter().map(|c| c["ids"].clone()).collect() };
+    assert_eq!(ids(&best), ids(&ranked[..2]));
+    assert!(best[0]["logprobs"].is_null() && best[0]["score"].is_number());
+}
+
 fn refused(flags: &[&str], code: i32, message: &str) {
     let error = failure(&kiln(flags), code);
     assert!(error.contains(message), "found: {error}\nneeded: {message}");
@@ -241,6 +343,19 @@ fn wrong_usage_exits_with_2() {
     refused(&["x", "--num-unicorns", "3"], 2, "unexpected argument");
     refused(&["x", "--prompt-ids", "2"], 2, "cannot be used with");
     refused(&["--prompt-ids", ""], 2, "prompt-ids");
+    refused(&["x", "--presence-penalty", "3"], 2, "from -2 to 2");
+    refused(&["x", "--logprobs", "21"], 2, "logprobs");
+    refused(
+        &["x", "--num-return-sequences", "2"],
+        2,
+        "it must be 1 where nothing is sampled",
+    );
+    refused(
+        &["x", "--min-new-tokens", "9", "--max-new-tokens", "3"],
+        2,
+        "min_new_tokens is 9; it must be at most max_new_tokens, which is 3",
+    );
+    refused(&["x", "--num-beams", "2"], 2, "unexpected argument");
 }
 
 #[test]
@@ -254,6 +369,12 @@ fn lines_that_are_no_request_are_named() {
         ("{\"prompt\": \"a\", \"prompt_ids\": [1]}", "line 1"),
         ("{\"prompt\": \"a\", \"temperature\": -1}", "line 1"),
         ("{\"prompt_ids\": [99999]}", "line 1"),
+        ("{\"prompt\": \"a\", \"num_beams\": 2}", "num_beams"),
+        ("{\"prompt\": \"a\", \"best_of\": 2}", "best_of is 2"),
+        (
+            "{\"prompt\": \"a\", \"logit_bias\": {\"99999\": 1}}",
+            "logit_bias: token id 99999",
+        ),
     ] {
         fs::write(&path, lines).unwrap();
         let error = failure(&kiln(&["--input", &path.to_string_lossy()]), 1);

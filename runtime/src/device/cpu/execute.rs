@@ -6,7 +6,7 @@ use crate::cpu::{
     Sequence as Ragged, Storage, StorageError,
 };
 use crate::device::{DeviceError, SequenceStep, Step, StepOutput, Tokens};
-use crate::sampler::Sampler;
+use crate::sampling::Sampler;
 use kiln_bundle::{
     BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
     WeightFile,

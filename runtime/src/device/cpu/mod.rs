@@ -12,7 +12,7 @@ use super::check::{Ground, check_step};
 use super::memory::{Room, available_bytes, plan_memory};
 use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput};
 use crate::cpu::{Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
-use crate::sampler::Sampler;
+use crate::sampling::Sampler;
 use execute::{Batch, Weights};
 use kiln_bundle::{ALIGN_BYTES, Bundle, DType, Executable, KernelSpec, Manifest, Target};
 use kv_memory::KvMemory;

@@ -3,11 +3,13 @@
 //! Everything is allocated when a bundle is loaded: weights, one arena and one workspace that the
 //! executables share, the KV cache, and the lists of a step. A step copies its lists, enqueues its
 //! executable's chain of launches, and copies the chosen tokens back. Nothing in between waits for
-//! the host, so the next step can be enqueued before the tokens of the last one are read.
+//! the host, so the next step can be enqueued before the tokens of the last one are read, except where
+//! the host is to see rows or to choose tokens itself.
 
 mod arch;
 mod bind;
 mod driver;
+mod host_draws;
 mod nvidia;
 mod observe;
 mod step_lists;
@@ -24,6 +26,7 @@ pub use nvidia::{NvidiaDriver, NvidiaGpu};
 use super::check::{Ground, check_step};
 use super::memory::{Room, plan_memory};
 use super::{Device, DeviceError, DeviceFacts, Observe, Step, StepId, StepOutput};
+use crate::sampling::Sampler;
 use bind::{Addresses, WeightPlan};
 use kiln_bundle::{
     Bundle, Executable, ModelInfo, NO_TOKEN, Target, WeightFile, kv_layer_bytes, packing::Layout,
@@ -73,6 +76,8 @@ pub struct CudaDevice<D> {
     lists: Vec<u32>,
     /// By slot: whether it holds a token.
     sampled: Vec<bool>,
+    /// For the draws that kernels do not make.
+    sampler: Sampler,
     next_step: u64,
     in_flight: VecDeque<InFlight>,
 }
@@ -246,6 +251,7 @@ impl<D: Driver> CudaDevice<D> {
             graphs: options.graphs,
             lists: Vec::new(),
             sampled: vec![false; slots as usize],
+            sampler: Sampler::default(),
             next_step: 0,
             in_flight: VecDeque::new(),
         })
@@ -258,7 +264,12 @@ impl<D: Driver> CudaDevice<D> {
     }
 
     /// Enqueues an executable's launches.
-    fn run(&mut self, index: usize) -> Result<(), DriverError> {
+    fn run(&mut self, index: usize) -> Result<(), DeviceError> {
+        let run = self.enqueue(index);
+        run.map_err(|error| self.at(index, "its launches", error))
+    }
+
+    fn enqueue(&mut self, index: usize) -> Result<(), DriverError> {
         let chain = &mut self.chains[index];
         if !self.graphs {
             return chain
@@ -324,14 +335,13 @@ impl<D: Driver> Device for CudaDevice<D> {
         check_step(step, &ground, |slot| self.sampled[slot as usize])?;
         let index = step.executable;
         let layout = &self.chains[index].layout;
-        let counts = layout.fill(step, self.model.vocab_size, &mut self.lists)?;
+        let counts = layout.fill(step, self.model.vocab_size, &mut self.lists);
         let lists: &[u8] = bytemuck::cast_slice(&self.lists);
         let uploaded = self.driver.upload(self.addresses.step, lists);
         uploaded.map_err(|error| self.at(index, "its lists", error))?;
 
-        let result = if step.observe == Observe::default() {
-            let run = self.run(index);
-            run.map_err(|error| self.at(index, "its launches", error))?;
+        let result = if step.observe == Observe::default() && !host_draws::any(step) {
+            self.run(index)?;
             // A step that chooses nothing is waited for as well.
             let bytes = counts.draws.max(1) as usize * size_of::<u32>();
             let ticket = self.driver.download(self.addresses.chosen, bytes);
@@ -339,7 +349,9 @@ impl<D: Driver> Device for CudaDevice<D> {
         } else {
             // Downloads are waited for in their order, and those of this step now.
             self.settle();
-            Pending::Done(Ok(self.run_observed(index, &counts, step.observe)?))
+            let mut output = self.run_observed(index, &counts, step.observe)?;
+            self.draw_on_host(index, step, &mut output)?;
+            Pending::Done(Ok(output))
         };
         for sequence in step.sequences().filter(|sequence| sequence.draw.is_some()) {
             self.sampled[sequence.slot as usize] = true;

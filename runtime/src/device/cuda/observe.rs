@@ -1,7 +1,8 @@
 //! What a step lets the host see besides its tokens: logits and hidden states.
 //!
-//! Such a step runs its launches one by one, since buffers share memory and a hidden state is gone
-//! when a later kernel has run. The host applies the norms that are still to be applied.
+//! Where hidden states are to be seen, launches run one by one, since buffers share memory and a hidden
+//! state is gone when a later kernel has run. The host applies the norms that are still to be applied.
+//! Logits are there until the next step.
 
 use super::{CudaDevice, Driver};
 use crate::device::{DeviceError, Observe, StepOutput};
@@ -20,16 +21,34 @@ impl<D: Driver> CudaDevice<D> {
         observe: Observe,
     ) -> Result<StepOutput, DeviceError> {
         let mut output = StepOutput::default();
-        let kernels: Vec<u32> = self.target.executables[index]
+        match observe.hidden_states {
+            true => output.hidden_states = self.run_tapped(index, counts)?,
+            false => self.run(index)?,
+        }
+        if observe.logits {
+            let program = self.target.executables[index].program as usize;
+            let logits = self.target.programs[program].logits;
+            output.logits = self.fetch_rows(index, logits, 0, counts.logit_rows)?;
+        }
+        let chosen = self.fetch(
+            self.addresses.chosen,
+            counts.draws as usize * size_of::<u32>(),
+        );
+        let chosen = chosen.map_err(|error| self.at(index, "tokens", error))?;
+        output.tokens = super::tokens(&chosen, counts.draws);
+        Ok(output)
+    }
+
+    /// Launches an executable's kernels and fetches its hidden states between them, (L+1, T, C).
+    fn run_tapped(&mut self, index: usize, counts: &StepCounts) -> Result<Vec<f32>, DeviceError> {
+        let executable = &self.target.executables[index];
+        let kernels: Vec<u32> = executable
             .launches
             .iter()
             .map(|launch| launch.kernel)
             .collect();
-        let program = self.target.executables[index].program as usize;
-        let taps = match observe.hidden_states {
-            true => self.target.programs[program].hidden_states.clone(),
-            false => Vec::new(),
-        };
+        let program = &self.target.programs[executable.program as usize];
+        let taps = program.hidden_states.clone();
         let mut states = vec![Vec::new(); taps.len()];
         for (position, _) in kernels.iter().enumerate() {
             self.driver.launch(&self.chains[index].launches[position])?;
@@ -41,18 +60,7 @@ impl<D: Driver> CudaDevice<D> {
                 }
             }
         }
-        output.hidden_states = states.concat();
-        if observe.logits {
-            let logits = self.target.programs[program].logits;
-            output.logits = self.fetch_rows(index, logits, counts.logit_rows)?;
-        }
-        let chosen = self.fetch(
-            self.addresses.chosen,
-            counts.draws as usize * size_of::<u32>(),
-        );
-        let chosen = chosen.map_err(|error| self.at(index, "tokens", error))?;
-        output.tokens = super::tokens(&chosen, counts.draws);
-        Ok(output)
+        Ok(states.concat())
     }
 
     /// A hidden state, (T, C).
@@ -62,7 +70,7 @@ impl<D: Driver> CudaDevice<D> {
         tap: &Tap,
         counts: &StepCounts,
     ) -> Result<Vec<f32>, DeviceError> {
-        let mut rows = self.fetch_rows(index, tap.buffer, counts.tokens)?;
+        let mut rows = self.fetch_rows(index, tap.buffer, 0, counts.tokens)?;
         if let Some(norm) = &tap.norm {
             let weight = self.vector(norm.weight.as_deref())?;
             let bias = self.vector(norm.bias.as_deref())?;
@@ -73,18 +81,21 @@ impl<D: Driver> CudaDevice<D> {
         Ok(rows)
     }
 
-    /// The first rows of a buffer, as f32.
-    fn fetch_rows(
+    /// Rows of a buffer from `first` on, as f32.
+    pub(super) fn fetch_rows(
         &mut self,
         index: usize,
         id: BufferId,
+        first: u32,
         rows: u32,
     ) -> Result<Vec<f32>, DeviceError> {
         let executable: &Executable = &self.target.executables[index];
         let buffer = &self.target.programs[executable.program as usize].buffers[id.0 as usize];
-        let from = executable.offsets_bytes[id.0 as usize];
         let dtype = buffer.dtype;
-        let bytes = rows as usize * buffer.width as usize * dtype.size_bytes();
+        let row_bytes = buffer.width as usize * dtype.size_bytes();
+        let start = u64::from(first) * row_bytes as u64;
+        let from = executable.offsets_bytes[id.0 as usize] + start;
+        let bytes = rows as usize * row_bytes;
         let fetched = self.fetch(self.addresses.arena.offset(from), bytes);
         let fetched = fetched.map_err(|error| self.at(index, &id.to_string(), error))?;
         Ok(to_f32(&fetched, dtype))

@@ -1,8 +1,9 @@
 //! A step's lists as kernels read them: one piece of memory, filled on the host and copied in one go.
 
-use crate::device::{DeviceError, Step, Tokens};
+use super::host_draws::{MAX_SUPPRESSED_IDS, is_made_by_kernel};
+use crate::device::{Step, Tokens};
 use crate::kv::blocks_for;
-use crate::sampler::Draw;
+use crate::sampling::{Draw, DrawParams};
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, LAST_SAMPLED, StepCounts, StepDraw, StepPointers, StepSequence, StepTile,
     TILE_QUERIES,
@@ -11,8 +12,6 @@ use std::ops::Range;
 
 use super::DeviceAddress;
 
-/// Suppressed ids that a step has room for, a sequence; sequences share the room.
-const SUPPRESSED_IDS: usize = 1024;
 /// Lists start at 16-byte boundaries.
 const ALIGN_WORDS: usize = 4;
 
@@ -46,7 +45,7 @@ impl StepLayout {
         let tokens = bounds.max_tokens as usize;
         let sequences = bounds.max_sequences as usize;
         let tiles = tokens / TILE_QUERIES as usize + sequences;
-        let lists = sequences * (blocks_for(bounds.max_kv_len as usize) + SUPPRESSED_IDS);
+        let lists = sequences * (blocks_for(bounds.max_kv_len as usize) + MAX_SUPPRESSED_IDS);
         let mut end = 0;
         let mut place = |words: usize| {
             let start = end;
@@ -100,15 +99,7 @@ impl StepLayout {
 
     /// Writes the lists of a checked step to `words`, as long as they are used. Returns their
     /// counts.
-    ///
-    /// # Errors
-    /// [`DeviceError::Step`] where the suppressed ids are too many.
-    pub(super) fn fill(
-        &self,
-        step: &Step,
-        vocab_size: u32,
-        words: &mut Vec<u32>,
-    ) -> Result<StepCounts, DeviceError> {
+    pub(super) fn fill(&self, step: &Step, vocab_size: u32, words: &mut Vec<u32>) -> StepCounts {
         words.clear();
         words.resize(self.lists.start, 0);
         let mut counts = StepCounts::default();
@@ -163,7 +154,9 @@ impl StepLayout {
             if let Some(draw) = sequence.draw {
                 let suppressed = words.len();
                 let known = |&&id: &&u32| id < vocab_size;
-                words.extend(draw.suppressed_ids.iter().filter(known));
+                if is_made_by_kernel(&draw) {
+                    words.extend(draw.suppressed_ids.iter().filter(known));
+                }
                 let described = StepDraw {
                     row: counts.logit_rows - 1,
                     slot: sequence.slot,
@@ -177,15 +170,9 @@ impl StepLayout {
             counts.tokens += rows;
             counts.sequences += 1;
         }
-        if words.len() > self.lists.end {
-            return Err(DeviceError::Step(format!(
-                "its block tables and suppressed ids are {}; there is room for {}",
-                words.len() - self.lists.start,
-                self.lists.len()
-            )));
-        }
+        debug_assert!(words.len() <= self.lists.end);
         words[..COUNTS_WORDS].copy_from_slice(&counts_words(&counts));
-        Ok(counts)
+        counts
     }
 }
 
@@ -194,8 +181,12 @@ fn put<const N: usize>(words: &mut [u32], start: usize, index: u32, entry: [u32;
     words[start + index as usize * N..][..N].copy_from_slice(&entry);
 }
 
+/// The kernel chooses something even where the host chooses after it: then what is least work.
 fn parameters(draw: &Draw<'_>) -> StepDraw {
-    let params = draw.params;
+    let params = match is_made_by_kernel(draw) {
+        true => draw.params,
+        false => DrawParams::GREEDY,
+    };
     StepDraw {
         index: draw.index,
         top_k: params.top_k,
@@ -287,7 +278,6 @@ pub(super) fn pointer_bytes(pointers: &StepPointers) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::device::{LogitRows, SequenceStep};
-    use crate::sampler::DrawParams;
 
     const BOUNDS: Bounds = Bounds {
         max_tokens: 160,
@@ -327,13 +317,15 @@ mod tests {
                     top_p: 0.9,
                     min_p: 0.1,
                     seed: 0x1_0000_0002,
+                    ..DrawParams::GREEDY
                 },
                 index: 6,
                 suppressed_ids: &[11, 4000, 12],
+                ..Draw::GREEDY
             }),
         });
         let mut words = vec![77; 5];
-        let counts = layout.fill(&step, 1000, &mut words).unwrap();
+        let counts = layout.fill(&step, 1000, &mut words);
         let expect = StepCounts {
             tokens: 69,
             sequences: 2,
@@ -391,13 +383,12 @@ mod tests {
             block_table: &[8, 6],
             logit_rows: LogitRows::Last,
             draw: Some(Draw {
-                params: DrawParams::GREEDY,
                 index: 1,
-                suppressed_ids: &[],
+                ..Draw::GREEDY
             }),
         });
         let mut words = Vec::new();
-        layout.fill(&step, 1000, &mut words).unwrap();
+        layout.fill(&step, 1000, &mut words);
         assert_eq!(words[layout.token_ids], 0x8000_0005);
         assert_eq!(words[layout.positions], 16);
         assert_eq!(words[layout.kv_slots], 96);
@@ -407,28 +398,31 @@ mod tests {
     }
 
     #[test]
-    fn too_many_suppressed_ids_are_refused() {
+    fn many_suppressed_ids_are_left_to_the_host() {
         let layout = StepLayout::new(&BOUNDS);
-        let submit = |len: usize| {
+        let counted = |len: usize| {
             let suppressed: Vec<u32> = (0..len as u32).collect();
             let mut step = Step::default();
-            step.push(&SequenceStep {
-                slot: 0,
-                tokens: Tokens::Ids(&[1]),
-                past_len: 0,
-                block_table: &[0],
-                logit_rows: LogitRows::Last,
-                draw: Some(Draw {
-                    params: DrawParams::GREEDY,
-                    index: 0,
-                    suppressed_ids: &suppressed,
-                }),
-            });
-            layout.fill(&step, u32::MAX, &mut Vec::new())
+            for slot in 0..3 {
+                step.push(&SequenceStep {
+                    slot,
+                    tokens: Tokens::Ids(&[1]),
+                    past_len: 0,
+                    block_table: &[0],
+                    logit_rows: LogitRows::Last,
+                    draw: Some(Draw {
+                        suppressed_ids: &suppressed,
+                        ..Draw::GREEDY
+                    }),
+                });
+            }
+            let mut words = Vec::new();
+            layout.fill(&step, u32::MAX, &mut words);
+            assert!(words.len() <= layout.lists.end);
+            words[layout.draws + DRAW_WORDS - 1]
         };
-        assert!(submit(3 * SUPPRESSED_IDS).is_ok());
-        let error = submit(4 * SUPPRESSED_IDS).unwrap_err().to_string();
-        assert!(error.contains("suppressed ids"), "{error}");
+        assert_eq!(counted(MAX_SUPPRESSED_IDS), MAX_SUPPRESSED_IDS as u32);
+        assert_eq!(counted(MAX_SUPPRESSED_IDS + 1), 0);
     }
 
     #[test]

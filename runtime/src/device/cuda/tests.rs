@@ -5,11 +5,12 @@ mod driver;
 
 use super::*;
 use crate::device::{LogitRows, SequenceStep, Tokens};
-use crate::sampler::{Draw, DrawParams};
+use crate::sampling::{Draw, DrawParams, Processors, Rules, SequenceBias};
 use crate::{Engine, Event, Prompt, Request};
 use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
 use driver::{Call, FakeDriver, long};
 use kiln_bundle::Phase;
+use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
 
@@ -50,12 +51,6 @@ impl Rig {
     }
 }
 
-const GREEDY: Draw<'_> = Draw {
-    params: DrawParams::GREEDY,
-    index: 0,
-    suppressed_ids: &[],
-};
-
 fn sequence<'a>(slot: u32, tokens: Tokens<'a>, table: &'a [u32]) -> SequenceStep<'a> {
     SequenceStep {
         slot,
@@ -63,7 +58,7 @@ fn sequence<'a>(slot: u32, tokens: Tokens<'a>, table: &'a [u32]) -> SequenceStep
         past_len: 0,
         block_table: table,
         logit_rows: LogitRows::Last,
-        draw: Some(GREEDY),
+        draw: Some(Draw::GREEDY),
     }
 }
 
@@ -392,6 +387,167 @@ fn observed_rows_are_fetched_between_launches() {
         }
     }
     assert_eq!(seen, 3);
+}
+
+#[test]
+fn what_kernels_do_not_choose_the_host_does() {
+    let rig = Rig::new(100 * MIB);
+    let mut device = rig.device();
+    let decode = decode_index(&device);
+    // The kernel would choose 10, the one above the last token.
+    let rules = Arc::new(Rules {
+        processors: Processors {
+            bad_words_ids: vec![vec![9, 10]],
+            sequence_bias: vec![SequenceBias {
+                ids: vec![25],
+                bias: 3.0,
+            }],
+            ..Processors::NONE
+        },
+        prompt_len: 2,
+        max_new_tokens: 9,
+        eos_token_ids: vec![],
+    });
+    let by_rules = Draw {
+        rules: Some(&rules),
+        history: &[8, 9],
+        ..Draw::GREEDY
+    };
+    let mut step = Step::default();
+    step.push(&sequence(2, Tokens::Ids(&[20]), &[2]));
+    step.push(&SequenceStep {
+        draw: Some(by_rules),
+        logit_rows: LogitRows::All,
+        ..sequence(3, Tokens::Ids(&[8, 9]), &[5])
+    });
+    step.push(&sequence(0, Tokens::Ids(&[30]), &[6]));
+    rig.driver.calls();
+    let observed = Observe {
+        logits: true,
+        hidden_states: false,
+    };
+    for (observe, downloads) in [(Observe::default(), 2), (observed, 2)] {
+        step.observe = observe;
+        let id = device.submit(&step).unwrap();
+        let calls = rig.driver.calls();
+        let downloaded = calls.iter().filter(|c| matches!(c, Call::Download(..)));
+        assert_eq!(downloaded.count(), downloads, "{calls:?}");
+        let output = device.collect(id).unwrap();
+        assert_eq!(output.tokens, [Some(21), Some(25), Some(31)]);
+        assert_eq!(output.logits.is_empty(), !observe.logits);
+    }
+
+    // The slot holds the host's choice, in the order of steps.
+    let mut step = Step {
+        executable: decode,
+        ..Step::default()
+    };
+    step.push(&SequenceStep {
+        past_len: 2,
+        ..sequence(3, Tokens::LastSampled, &[5])
+    });
+    let id = device.submit(&step).unwrap();
+    assert_eq!(device.collect(id).unwrap().tokens, [Some(26)]);
+}
+
+#[test]
+fn cuts_that_kernels_lack_are_the_hosts() {
+    let rules = Arc::new(Rules {
+        processors: Processors::NONE,
+        prompt_len: 1,
+        max_new_tokens: 1,
+        eos_token_ids: vec![],
+    });
+    let many = [3; 1025];
+    let params = |params| Draw {
+        params,
+        ..Draw::GREEDY
+    };
+    let greedy = DrawParams::GREEDY;
+    let cases = [
+        (Draw::GREEDY, true),
+        (
+            params(DrawParams {
+                temperature: 0.5,
+                top_k: 3,
+                top_p: 0.5,
+                min_p: 0.1,
+                ..greedy
+            }),
+            true,
+        ),
+        (
+            params(DrawParams {
+                typical_p: 0.9,
+                ..greedy
+            }),
+            false,
+        ),
+        (
+            params(DrawParams {
+                epsilon_cutoff: 0.1,
+                ..greedy
+            }),
+            false,
+        ),
+        (
+            params(DrawParams {
+                eta_cutoff: 0.1,
+                ..greedy
+            }),
+            false,
+        ),
+        (
+            Draw {
+                rules: Some(&rules),
+                ..Draw::GREEDY
+            },
+            false,
+        ),
+        (
+            Draw {
+                suppressed_ids: &many[..1024],
+                ..Draw::GREEDY
+            },
+            true,
+        ),
+        (
+            Draw {
+                suppressed_ids: &many,
+                ..Draw::GREEDY
+            },
+            false,
+        ),
+    ];
+    for (draw, by_kernel) in cases {
+        assert_eq!(host_draws::is_made_by_kernel(&draw), by_kernel, "{draw:?}");
+    }
+}
+
+#[test]
+fn history_is_known_before_the_next_step() {
+    let rig = Rig::new(100 * MIB);
+    let mut engine = engine(&rig);
+    // The kernel counts on; of what has been, nothing may come again.
+    let mut unique = requests(Observe::default()).remove(0);
+    unique.processors.no_repeat_ngram_size = 1;
+    unique.prompt = Prompt::Ids([0].into_iter().chain(5..V - 2).collect());
+    let mut other = requests(Observe::default()).remove(0);
+    other.max_new_tokens = Some(8);
+    engine.submit(unique).unwrap();
+    engine.submit(other).unwrap();
+    let mut ids = Vec::new();
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            if let Event::Finished(completion) = event {
+                ids.push((completion.request.0, completion.ids));
+            }
+        }
+    }
+    ids.sort_unstable();
+    // Behind the last id would come 0, which the prompt has.
+    assert_eq!(ids[0].1, [V - 2, V - 1, 1, 2, 3]);
+    assert_eq!(ids[1].1, [13, 14, 15, 16, 17, 18, 19, 20]);
 }
 
 #[test]

@@ -1,0 +1,242 @@
+//! Cuts: which tokens a draw is made from. Each keeps some of the candidates, at least one, and leaves
+//! them by rising id.
+
+use std::cmp::Ordering;
+
+/// A token that may be drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Candidate {
+    pub(super) id: u32,
+    /// Tempered score less that of the likeliest: at most 0.
+    pub(super) score: f32,
+}
+
+impl Candidate {
+    /// Probability as a share of the likeliest's.
+    pub(super) fn weight(&self) -> f64 {
+        f64::from(self.score.exp())
+    }
+
+    /// Likeliest first. Of equals the higher id comes first: transformers sorts upwards, stably, and
+    /// cuts from below.
+    fn rank(a: &Candidate, b: &Candidate) -> Ordering {
+        b.score.total_cmp(&a.score).then(b.id.cmp(&a.id))
+    }
+}
+
+/// Keeps the `k` likeliest, and what equals the last of them (`TopKLogitsWarper`). 0 keeps all.
+/// `scores` is working memory.
+pub(super) fn keep_top_k(candidates: &mut Vec<Candidate>, k: u32, scores: &mut Vec<f32>) {
+    let k = k as usize;
+    if k == 0 || k >= candidates.len() {
+        return;
+    }
+    scores.clear();
+    scores.extend(candidates.iter().map(|candidate| candidate.score));
+    let (_, &mut threshold, _) = scores.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+    candidates.retain(|candidate| candidate.score >= threshold);
+}
+
+/// Keeps a token when those ranked above it sum to less than `top_p` (`TopPLogitsWarper`; Holtzman et
+/// al., "The curious case of neural text degeneration", 2020).
+pub(super) fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
+    if top_p >= 1.0 {
+        return;
+    }
+    let keep = rank_share(candidates, f64::from(top_p), Candidate::rank);
+    candidates.truncate(keep);
+    sort_by_id(candidates);
+}
+
+/// Keeps the tokens at least `min_p` times as probable as the likeliest (`MinPLogitsWarper`).
+pub(super) fn keep_min_p(candidates: &mut Vec<Candidate>, min_p: f32) {
+    let min_p = f64::from(min_p);
+    candidates.retain(|candidate| candidate.weight() >= min_p);
+}
+
+/// Keeps the tokens whose information, `-ln p`, is closest to its expectation, the entropy: the fewest
+/// whose probabilities sum to at least `typical_p`, and what is as close as the last of them
+/// (`TypicalLogitsWarper`; Meister et al., "Locally typical sampling", 2022).
+pub(super) fn keep_typical_p(candidates: &mut Vec<Candidate>, typical_p: f32) {
+    if typical_p >= 1.0 {
+        return;
+    }
+    let Spread { total, entropy } = Spread::of(candidates);
+    // |-ln p - entropy| is the distance of a score from this.
+    let typical = (total.ln() - entropy) as f32;
+    let distance = |candidate: &Candidate| (typical - candidate.score).abs();
+    let closest = |a: &Candidate, b: &Candidate| {
+        let by_distance = distance(a).total_cmp(&distance(b));
+        by_distance.then(a.id.cmp(&b.id))
+    };
+    let keep = rank_share(candidates, f64::from(typical_p), closest);
+    if let Some(last) = keep.checked_sub(1).and_then(|last| candidates.get(last)) {
+        let farthest = distance(last);
+        candidates.retain(|candidate| distance(candidate) <= farthest);
+    }
+    sort_by_id(candidates);
+}
+
+/// Keeps the tokens of at least probability `epsilon`, and the likeliest (`EpsilonLogitsWarper`; Hewitt
+/// et al., "Truncation sampling as language model desmoothing", 2022).
+pub(super) fn keep_epsilon(candidates: &mut Vec<Candidate>, epsilon: f32) {
+    if epsilon > 0.0 {
+        let total = candidates.iter().map(Candidate::weight).sum();
+        keep_probable(candidates, f64::from(epsilon), total);
+    }
+}
+
+/// Keeps the tokens of at least probability `min(eta, sqrt(eta) * exp(-entropy))`, and the likeliest
+/// (`EtaLogitsWarper`; Hewitt et al., 2022).
+pub(super) fn keep_eta(candidates: &mut Vec<Candidate>, eta: f32) {
+    if eta > 0.0 {
+        let Spread { total, entropy } = Spread::of(candidates);
+        let eta = f64::from(eta);
+        keep_probable(candidates, eta.min(eta.sqrt() * (-entropy).exp()), total);
+    }
+}
+
+fn keep_probable(candidates: &mut Vec<Candidate>, probability: f64, total: f64) {
+    let scores = candidates.iter().map(|candidate| candidate.score);
+    // Typical-p may have dropped the likeliest of all.
+    let largest = scores.fold(f32::NEG_INFINITY, f32::max);
+    candidates.retain(|candidate| {
+        candidate.weight() >= probability * total || candidate.score == largest
+    });
+}
+
+/// A distribution's sum of weights, and its entropy in nats.
+struct Spread {
+    total: f64,
+    entropy: f64,
+}
+
+impl Spread {
+    fn of(candidates: &[Candidate]) -> Spread {
+        let (mut total, mut moment) = (0.0, 0.0);
+        for candidate in candidates {
+            let weight = candidate.weight();
+            total += weight;
+            moment += weight * f64::from(candidate.score);
+        }
+        // -sum(p * (score - ln total)).
+        let entropy = total.ln() - moment / total;
+        Spread { total, entropy }
+    }
+}
+
+/// Puts candidates in order, as far as needed, and returns how many come first whose weights sum to at
+/// least `share` of all: at least one.
+fn rank_share(
+    candidates: &mut [Candidate],
+    share: f64,
+    order: impl Fn(&Candidate, &Candidate) -> Ordering,
+) -> usize {
+    let wanted = share * candidates.iter().map(Candidate::weight).sum::<f64>();
+    // Most rows need few of their tokens: rank a small part first, and more while it falls short.
+    let mut ranked = 64;
+    loop {
+        ranked = candidates.len().min(ranked);
+        if ranked < candidates.len() {
+            candidates.select_nth_unstable_by(ranked, &order);
+        }
+        candidates[..ranked].sort_unstable_by(&order);
+        let mut above = 0.0;
+        let fits = |candidate: &&Candidate| {
+            let stays = above < wanted;
+            above += candidate.weight();
+            stays
+        };
+        let keep = candidates[..ranked].iter().take_while(fits).count();
+        if keep < ranked || ranked == candidates.len() {
+            return keep.max(1);
+        }
+        ranked *= 8;
+    }
+}
+
+fn sort_by_id(candidates: &mut [Candidate]) {
+    candidates.sort_unstable_by_key(|candidate| candidate.id);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ids that a cut keeps of tokens with these probabilities.
+    fn kept(probabilities: &[f64], cut: impl Fn(&mut Vec<Candidate>)) -> Vec<u32> {
+        let largest = probabilities.iter().copied().fold(0.0, f64::max);
+        let candidate = |(id, p): (u32, &f64)| Candidate {
+            id,
+            score: (p / largest).ln() as f32,
+        };
+        let mut candidates: Vec<_> = (0..).zip(probabilities).map(candidate).collect();
+        cut(&mut candidates);
+        candidates.iter().map(|candidate| candidate.id).collect()
+    }
+
+    #[test]
+    fn typical_tokens_are_as_informative_as_expected() {
+        // Entropy: 0.5 ln 2 + 0.25 ln 4 + 0.15 ln 6.67 + 0.1 ln 10 = 1.2080. Distances: 0.515, 0.178,
+        // 0.689, 1.095.
+        let probabilities = [0.5, 0.25, 0.15, 0.1];
+        let typical = |p| kept(&probabilities, move |c| keep_typical_p(c, p));
+        assert_eq!(typical(0.2), [1]);
+        assert_eq!(typical(0.25), [1]);
+        assert_eq!(typical(0.26), [0, 1]);
+        assert_eq!(typical(0.76), [0, 1, 2]);
+        assert_eq!(typical(0.95), [0, 1, 2, 3]);
+        assert_eq!(typical(1.0), [0, 1, 2, 3]);
+        // What is as close as the last one stays.
+        assert_eq!(kept(&[0.25; 4], |c| keep_typical_p(c, 0.3)), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn typical_p_ranks_as_many_as_it_needs() {
+        let probabilities: Vec<f64> = (1..=900).map(f64::from).collect();
+        let ids = kept(&probabilities, |c| keep_typical_p(c, 0.5));
+        let all: f64 = probabilities.iter().sum();
+        let sum: f64 = ids.iter().map(|&id| probabilities[id as usize]).sum();
+        assert!(
+            sum >= 0.5 * all && sum < 0.5 * all + 900.0,
+            "{sum} of {all}"
+        );
+        assert!(ids.is_sorted());
+    }
+
+    #[test]
+    fn epsilon_is_a_probability() {
+        let probabilities = [0.1, 0.2, 0.3, 0.4];
+        let epsilon = |e| kept(&probabilities, move |c| keep_epsilon(c, e));
+        assert_eq!(epsilon(0.0), [0, 1, 2, 3]);
+        assert_eq!(epsilon(0.15), [1, 2, 3]);
+        assert_eq!(epsilon(0.35), [3]);
+        // The likeliest stays however unlikely it is.
+        assert_eq!(epsilon(0.9), [3]);
+        assert_eq!(kept(&[0.4, 0.4, 0.2], |c| keep_epsilon(c, 0.5)), [0, 1]);
+    }
+
+    #[test]
+    fn eta_falls_where_the_distribution_is_flat() {
+        // Entropy 1.2799, exp(-entropy) 0.2781.
+        let probabilities = [0.1, 0.2, 0.3, 0.4];
+        let eta = |e| kept(&probabilities, move |c| keep_eta(c, e));
+        assert_eq!(eta(0.0), [0, 1, 2, 3]);
+        // min(0.05, 0.2236 * 0.2781 = 0.0622) is below all.
+        assert_eq!(eta(0.05), [0, 1, 2, 3]);
+        // min(0.3, 0.5477 * 0.2781 = 0.1523): epsilon alone would keep two.
+        assert_eq!(eta(0.3), [1, 2, 3]);
+        // sqrt(0.64) * 0.2781 = 0.2225.
+        assert_eq!(eta(0.64), [2, 3]);
+    }
+
+    #[test]
+    fn cuts_go_on_from_what_is_left() {
+        // Of 0.25, 0.15 and 0.1, halved: 0.5, 0.3, 0.2.
+        let ids = kept(&[0.5, 0.25, 0.15, 0.1], |c| {
+            c.retain(|candidate| candidate.id > 0);
+            keep_epsilon(c, 0.25);
+        });
+        assert_eq!(ids, [1, 2]);
+    }
+}
