@@ -286,8 +286,7 @@ impl Engine {
             .sampling
             .seed
             .unwrap_or_else(|| self.seeds.hash_one(id.0));
-        let eos = &self.model.eos_token_ids;
-        let ending = [eos.as_slice(), &request.stop_token_ids].concat();
+        let ends = request.ends(&self.model);
         let prompt_len = prompt_ids.len();
         let min_new_tokens = request.min_new_tokens(prompt_len);
         let processors = &request.processors;
@@ -297,12 +296,12 @@ impl Engine {
                 prompt_ids: prompt_ids.clone(),
                 max_new_tokens: max_new_tokens as usize,
                 params: request.sampling.with_seed(seed),
-                suppression: Suppression::new(processors, prompt_len, &ending, min_new_tokens),
+                suppression: Suppression::new(processors, prompt_len, &ends, min_new_tokens),
                 rules: Arc::new(Rules {
                     processors: processors.clone(),
                     prompt_len,
                     max_new_tokens,
-                    eos_token_ids: eos.clone(),
+                    ends,
                 }),
                 observe: request.observe,
                 see_draws: request.logprobs.is_some(),
@@ -725,7 +724,11 @@ mod tests {
             processors: request.processors.clone(),
             prompt_len,
             max_new_tokens: request.max_new_tokens.unwrap(),
-            eos_token_ids: vec![EOS],
+            ends: if request.ignore_eos {
+                vec![]
+            } else {
+                vec![EOS]
+            },
         });
         for index in 0..rules.max_new_tokens {
             let params = request
@@ -735,7 +738,7 @@ mod tests {
             if index == 0 {
                 suppressed.extend(&request.processors.begin_suppress_tokens);
             }
-            if (history.len() as u32) < request.min_length {
+            if !request.ignore_eos && (history.len() as u32) < request.min_length {
                 suppressed.push(EOS);
             }
             let draw = Draw {

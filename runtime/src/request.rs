@@ -26,10 +26,9 @@ pub struct Request {
     pub prompt: Prompt,
     /// Most new tokens; none: [`DEFAULT_MAX_NEW_TOKENS`], or as many as there is room for.
     pub max_new_tokens: Option<u32>,
-    /// Generated tokens before which neither an end-of-sequence token nor one of `stop_token_ids`
-    /// can be chosen.
+    /// Generated tokens before which no token that ends the sequence can be chosen.
     pub min_new_tokens: u32,
-    /// As `min_new_tokens`, the prompt's tokens counted.
+    /// As `min_new_tokens`, the prompt's tokens counted; without effect beside `min_new_tokens`.
     pub min_length: u32,
     /// What changes the scores that tokens are chosen by.
     pub processors: Processors,
@@ -155,11 +154,24 @@ pub(crate) struct Room<'a> {
 }
 
 impl Request {
+    /// The tokens that end the sequence.
+    pub(crate) fn ends(&self, model: &ModelInfo) -> Vec<u32> {
+        let own: &[u32] = if self.ignore_eos {
+            &[]
+        } else {
+            &model.eos_token_ids
+        };
+        [own, &self.stop_token_ids].concat()
+    }
+
     /// Generated tokens before which none that ends the sequence can be chosen.
     pub(crate) fn min_new_tokens(&self, prompt_len: usize) -> u32 {
         let prompt_len = u32::try_from(prompt_len).unwrap_or(u32::MAX);
-        let of_length = self.min_length.saturating_sub(prompt_len);
-        self.min_new_tokens.max(of_length)
+        match self.min_new_tokens {
+            0 => self.min_length.saturating_sub(prompt_len),
+            // As in transformers, it takes precedence.
+            new_tokens => new_tokens,
+        }
     }
 
     /// Whether the log-probabilities of the prompt are wanted.

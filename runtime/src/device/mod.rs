@@ -467,7 +467,7 @@ mod tests {
             processors: Processors::NONE,
             prompt_len: 1,
             max_new_tokens: 9,
-            eos_token_ids: vec![2],
+            ends: vec![2],
         });
         let mut step = Step::default();
         for _ in 0..2 {

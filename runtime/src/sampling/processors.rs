@@ -74,8 +74,8 @@ pub struct Rules {
     pub prompt_len: usize,
     /// Most tokens generated.
     pub max_new_tokens: u32,
-    /// The model's end-of-sequence tokens.
-    pub eos_token_ids: Vec<u32>,
+    /// The tokens that end the sequence.
+    pub ends: Vec<u32>,
 }
 
 impl Rules {
@@ -126,7 +126,7 @@ pub(super) fn process(scores: &mut [f32], draw: &super::Draw<'_>, counts: &mut V
     let Some(rules) = draw.rules else {
         return forbid(scores, draw.suppressed_ids);
     };
-    let (p, history, eos) = (&rules.processors, draw.history, &rules.eos_token_ids);
+    let (p, history, eos) = (&rules.processors, draw.history, &rules.ends);
     let generated = history.get(rules.prompt_len..).unwrap_or_default();
     add_sequence_bias(scores, history, &p.sequence_bias);
     penalise_repetition(scores, history, p.repetition_penalty, counts);
@@ -350,7 +350,7 @@ mod tests {
             processors,
             prompt_len,
             max_new_tokens: 6,
-            eos_token_ids: vec![EOS],
+            ends: vec![EOS],
         })
     }
 

@@ -515,7 +515,7 @@ mod tests {
                 processors,
                 prompt_len: 2,
                 max_new_tokens: 9,
-                eos_token_ids: vec![],
+                ends: vec![],
             });
             let draw = Draw {
                 params,

@@ -6,7 +6,7 @@
 
 use kiln_compiler::CompileOptions;
 use kiln_runtime::{
-    Completion, Engine, Event, LoadOptions, Prompt, Request,
+    Completion, Engine, Event, LoadOptions, Processors, Prompt, Request, SequenceBias,
     device::{CpuOptions, DeviceChoice, Observe},
 };
 use kiln_tests::{
@@ -330,16 +330,51 @@ fn cuts_before_a_draw() {
     }
 }
 
+/// kiln's own engine, on every case without beams.
+#[test]
+fn the_engine_chooses_as_transformers_does() {
+    for model in ["tiny-opt", "tiny-opt-post", "tiny-gpt2", "demo"] {
+        let mut oracle = Oracle::new(model);
+        let mut greedy = cases(model);
+        greedy.retain(|case| case.request.get("num_beams").is_none_or(|beams| beams == 1));
+        assert!(greedy.len() > 80, "{model} has {} cases", greedy.len());
+        check(&greedy, |case| {
+            let (prompt, parameters) =
+                Parameters::of_request(&case.request, &oracle.eos_token_ids).unwrap();
+            kiln_generate(&mut oracle, &prompt, &parameters)
+        });
+    }
+}
+
 // ---- random requests ----
 
 /// Runs a request on kiln's engine. The one place to extend when the engine learns a parameter,
 /// together with [`engine_parameters`], which says what it gets.
 fn kiln_generate(oracle: &mut Oracle, prompt: &[u32], parameters: &Parameters) -> Vec<Sequence> {
+    let bias = |(ids, bias): (Vec<u32>, f32)| SequenceBias { ids, bias };
+    let single = parameters.logit_bias.iter().map(|(&id, &b)| (vec![id], b));
+    let several = parameters.sequence_bias.iter().cloned();
     let completion = oracle.complete(Request {
         max_new_tokens: Some(parameters.max_new_tokens as u32),
         min_new_tokens: parameters.min_new_tokens as u32,
+        min_length: parameters.min_length as u32,
         stop_token_ids: parameters.stop_token_ids.clone(),
         ignore_eos: parameters.ignore_eos,
+        processors: Processors {
+            sequence_bias: single.chain(several).map(bias).collect(),
+            repetition_penalty: parameters.repetition_penalty,
+            presence_penalty: parameters.presence_penalty,
+            frequency_penalty: parameters.frequency_penalty,
+            no_repeat_ngram_size: parameters.no_repeat_ngram_size as u32,
+            bad_words_ids: parameters.bad_words_ids.clone(),
+            suppress_tokens: parameters.suppress_tokens.clone(),
+            forced_bos_token_id: parameters.forced_bos_token_id,
+            forced_eos_token_id: parameters.forced_eos_token_id,
+            exponential_decay_length_penalty: parameters
+                .exponential_decay_length_penalty
+                .map(|(start, factor)| (start as u32, factor)),
+            ..Processors::NONE
+        },
         ..Request::new(Prompt::Ids(prompt.to_vec()))
     });
     vec![Sequence {

@@ -406,7 +406,7 @@ fn what_kernels_do_not_choose_the_host_does() {
         },
         prompt_len: 2,
         max_new_tokens: 9,
-        eos_token_ids: vec![],
+        ends: vec![],
     });
     let by_rules = Draw {
         rules: Some(&rules),
@@ -456,7 +456,7 @@ fn cuts_that_kernels_lack_are_the_hosts() {
         processors: Processors::NONE,
         prompt_len: 1,
         max_new_tokens: 1,
-        eos_token_ids: vec![],
+        ends: vec![],
     });
     let many = [3; 1025];
     let params = |params| Draw {
