@@ -202,10 +202,10 @@ void make_ready(Fiber& fiber) {
 }
 
 // The last one made ready: a warp goes on until all of its lanes wait for others, while its stacks
-// are in the cache.
+// are in the cache. Odd seeds take any.
 Fiber* take_ready() {
     Fiber*& last = pool->ready[ready_count - 1];
-    if (launch->seed != 0) std::swap(last, pool->ready[random_below(ready_count)]);
+    if (launch->seed % 2 != 0) std::swap(last, pool->ready[random_below(ready_count)]);
     ready_count--;
     return last;
 }
@@ -238,10 +238,21 @@ void release_lanes(uint32_t warp, uint32_t lanes) {
         if (lanes >> lane & 1) make_ready(pool->fibers[warp * WARP + lane]);
 }
 
+// All threads of the block that have not ended. Seeds permute warps.
+void release_all() {
+    uint8_t order[MAX_THREADS / WARP];
+    uint32_t warps = (block_size.x + WARP - 1) / WARP;
+    for (uint32_t i = 0; i < warps; i++) {
+        uint32_t other = launch->seed == 0 ? i : random_below(i + 1);
+        order[i] = order[other];
+        order[other] = static_cast<uint8_t>(i);
+    }
+    while (warps-- > 0) release_lanes(order[warps], pool->warps[order[warps]].live);
+}
+
 void release_barrier() {
     barrier_count = 0;
-    for (uint32_t thread = block_size.x; thread-- > 0;)
-        if (!pool->fibers[thread].ended) make_ready(pool->fibers[thread]);
+    release_all();
 }
 
 bool complete_group(uint32_t warp_index, Group& group) {
@@ -341,26 +352,26 @@ void prepare(Fiber& fiber, uint32_t thread) {
 }
 
 void run_block() {
-    memset(dynamic_shared_memory, 0xff, launch->dynamic_smem_bytes);
+    // As a number a NaN; but a flag that nobody wrote is to be false, too, under some seeds.
+    uint8_t garbage = launch->seed & 2 ? 0 : 0xff;
+    memset(dynamic_shared_memory, garbage, launch->dynamic_smem_bytes);
     if (__asan_unpoison_memory_region) {
         // Its memset would report the gaps between variables.
-        for (volatile uint8_t* byte = kiln_shared_start; byte != kiln_shared_stop; byte++) *byte = 0xff;
+        for (volatile uint8_t* byte = kiln_shared_start; byte != kiln_shared_stop; byte++) *byte = garbage;
     } else {
-        memset(kiln_shared_start, 0xff, kiln_shared_stop - kiln_shared_start);
+        memset(kiln_shared_start, garbage, kiln_shared_stop - kiln_shared_start);
     }
     waited_for_previous = false;
     ready_count = barrier_count = 0;
     live_count = block_size.x;
-    for (uint32_t thread = block_size.x; thread-- > 0;) {
-        prepare(pool->fibers[thread], thread);
-        make_ready(pool->fibers[thread]);
-    }
+    for (uint32_t thread = 0; thread < block_size.x; thread++) prepare(pool->fibers[thread], thread);
     for (uint32_t first = 0; first < block_size.x; first += WARP) {
         Warp& warp = pool->warps[first / WARP];
         uint32_t lanes = block_size.x - first < WARP ? block_size.x - first : WARP;
         warp.live = lanes == WARP ? ~0u : (1u << lanes) - 1;
         warp.group_count = 0;
     }
+    release_all();
 
     current = take_ready();
     thread_index = {current->thread, 0, 0};

@@ -3,7 +3,9 @@
 // A block's threads are fibers of one host thread, and blocks run one after another. A thread runs
 // until it must wait for others, so between two synchronisation points it is alone: atomics are
 // plain operations, and what a missing barrier breaks is broken in every run. The seed chooses the
-// order of blocks and of the threads that could go on; seed 0 is the natural one.
+// order of blocks and of the threads that could go on; seed 0 is the natural one. With odd seeds any
+// thread may be next, with even ones any warp, which then goes as far as it can: the one shows what
+// lanes of a warp do to each other, the other what a warp does that is far ahead.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -2,8 +2,9 @@
 //!
 //! [`accuracy`] gives a device and the CPU the same steps and compares logits, hidden states and chosen
 //! tokens: every head size, ragged prompts of odd lengths, chunks with a past, batches of 1 to 9, KV
-//! lengths up to beyond one bucket, block tables out of order. [`invariance`] asks a device alone for
-//! the same rows in different company and compares bytes.
+//! lengths up to beyond one bucket, block tables out of order. [`crowd`] does so with as many sequences
+//! as a step takes. [`invariance`] asks a device alone for the same rows in different
+//! company and compares bytes.
 
 use kiln_bundle::{Bundle, DType, Phase};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile};
@@ -20,16 +21,20 @@ pub struct Subject {
     pub name: &'static str,
     /// Its shape.
     pub config: ModelConfig,
+    /// Most sequences in a step.
+    pub max_batch: u32,
 }
 
 /// Positions of every subject.
 const MAX_SEQ_LEN: u32 = 640;
-/// Sequences in a step.
+/// Sequences in a step that [`accuracy`] needs.
 const MAX_BATCH: u32 = 9;
+/// More sequences in a step than kernels for few rows take.
+pub const CROWD: u32 = 70;
 
 /// The subjects: head sizes of 64, 80 and 128, OPT with norms before and behind the blocks, GPT-2.
 pub fn subjects() -> Vec<Subject> {
-    let subject = |name, model: &str, heads: usize, head_dim: usize| {
+    let subject = |name, model: &str, heads: usize, head_dim: usize, max_batch: u32| {
         let config = builtin(model)?;
         let hidden_size = heads * head_dim;
         // opt-350m embeds in half of its width.
@@ -50,14 +55,15 @@ pub fn subjects() -> Vec<Subject> {
                 pad_token_id: None,
                 ..config
             },
+            max_batch,
         })
     };
     [
-        subject("opt-d64", "opt-125m", 3, 64),
-        subject("opt-d80", "opt-2.7b", 2, 80),
-        subject("opt-d128", "opt-6.7b", 2, 128),
-        subject("opt-post-d64", "opt-350m", 2, 64),
-        subject("gpt2-d64", "gpt2", 3, 64),
+        subject("opt-d64", "opt-125m", 3, 64, CROWD),
+        subject("opt-d80", "opt-2.7b", 2, 80, MAX_BATCH),
+        subject("opt-d128", "opt-6.7b", 2, 128, MAX_BATCH),
+        subject("opt-post-d64", "opt-350m", 2, 64, MAX_BATCH),
+        subject("gpt2-d64", "gpt2", 3, 64, MAX_BATCH),
     ]
     .into_iter()
     .flatten()
@@ -82,9 +88,10 @@ impl Subject {
             dtype: Some(dtype),
             weights: Some(dtype),
             emit_only,
-            max_batch: MAX_BATCH,
+            max_batch: self.max_batch,
             max_seq_len: Some(MAX_SEQ_LEN),
-            prefill_buckets: vec![16, 64, 128, 512],
+            // No multiples of a kernel's tile, which then ends where its buffers end.
+            prefill_buckets: vec![16, 63, 127, 310],
             decode_batch: vec![1, 4, 8],
             decode_kv: vec![256],
             ..CompileOptions::default()
@@ -136,6 +143,7 @@ struct Part {
 /// Sequences, and the blocks that are left for more.
 struct World {
     vocab_size: u32,
+    slots: u32,
     kv_blocks: u32,
     taken: u32,
     sequences: Vec<Sequence>,
@@ -145,6 +153,7 @@ impl World {
     fn new(device: &dyn Device, vocab_size: u32) -> World {
         World {
             vocab_size,
+            slots: device.facts().slots,
             kv_blocks: device.facts().kv_blocks,
             taken: 0,
             sequences: vec![],
@@ -153,7 +162,7 @@ impl World {
 
     /// Adds a sequence that will grow to `len`; `like` fixes its tokens.
     fn add(&mut self, len: usize, like: u32) -> usize {
-        let slot = self.sequences.len() as u32 % MAX_BATCH;
+        let slot = self.sequences.len() as u32 % self.slots;
         let ids = (0..len as u32).map(|i| (i * i * 31 + i * 7 + like * 53 + 5) % self.vocab_size);
         // Blocks in an order that jumps about: 7 has no factor in common with most sizes, and where
         // it has, the walk still never takes a block twice within a table's length.
@@ -293,8 +302,7 @@ pub fn accuracy(
     bundle: &Bundle,
     dtype: DType,
 ) -> Result<Vec<Outcome>, DeviceError> {
-    let vocab_size = bundle.manifest().model.vocab_size;
-    let mut world = World::new(device, vocab_size);
+    let mut world = World::new(device, bundle.manifest().model.vocab_size);
     let lens = [1, 13, 17, 33, 201, 300, 5, 64, 63];
     let sequences: Vec<usize> = (0..)
         .zip(lens)
@@ -302,7 +310,7 @@ pub fn accuracy(
         .collect();
     let all = |s: usize| part(sequences[s], lens[s], LogitRows::All);
     let chunk = |tokens, rows| vec![part(sequences[4], tokens, rows)];
-    let mut script: Vec<(String, Phase, Vec<Part>)> = vec![
+    let mut script: Script = vec![
         ("prefill of one token".into(), Phase::Prefill, vec![all(0)]),
         (
             "prefill of 13, 17 and 33 tokens".into(),
@@ -353,9 +361,55 @@ pub fn accuracy(
         });
         script.push((format!("decode of {batch}"), Phase::Decode, parts.collect()));
     }
+    compare(reference, device, dtype, world, &script)
+}
+
+/// As [`accuracy`], with as many sequences as a step takes: from [`CROWD`] on, the LM head too is a
+/// product of many rows.
+///
+/// # Errors
+/// A device that cannot run a step.
+pub fn crowd(
+    reference: &mut dyn Device,
+    device: &mut dyn Device,
+    bundle: &Bundle,
+    dtype: DType,
+) -> Result<Vec<Outcome>, DeviceError> {
+    let mut world = World::new(device, bundle.manifest().model.vocab_size);
+    let all: Vec<usize> = (0..world.slots).map(|i| world.add(8, i)).collect();
+    let draws = draws();
+    let parts = || {
+        let parts = all.iter().map(|&s| Part {
+            draw: Some(draws[s % draws.len()].clone()),
+            ..part(s, 1, LogitRows::Last)
+        });
+        parts.collect::<Vec<Part>>()
+    };
+    let script: Script = vec![
+        (
+            format!("prefill of {} prompts", all.len()),
+            Phase::Prefill,
+            parts(),
+        ),
+        (format!("decode of {}", all.len()), Phase::Decode, parts()),
+    ];
+    compare(reference, device, dtype, world, &script)
+}
+
+/// Steps: what each is, and its parts.
+type Script = Vec<(String, Phase, Vec<Part>)>;
+
+fn compare(
+    reference: &mut dyn Device,
+    device: &mut dyn Device,
+    dtype: DType,
+    mut world: World,
+    script: &Script,
+) -> Result<Vec<Outcome>, DeviceError> {
+    let vocab_size = world.vocab_size;
     let mut outcomes = vec![];
     let mut sampler = Sampler::default();
-    for (case, phase, parts) in &script {
+    for (case, phase, parts) in script {
         let step = world.step(device, *phase, parts);
         let expected = run(reference, &step)?;
         let found = run(device, &step)?;

@@ -18,7 +18,8 @@ use std::{
     collections::{BTreeMap, VecDeque},
     env,
     ffi::{CStr, CString, c_char, c_int, c_void},
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
     process::{Command, Output},
     ptr,
@@ -99,7 +100,7 @@ impl EmulatedDriver {
     }
 
     /// Forbids kernels to touch these bytes, such as a gap between two buffers of an arena. Without
-    /// sanitizers it does nothing. Starts at a multiple of 8.
+    /// sanitizers it does nothing. Ends at a multiple of 8 or with the allocation.
     pub fn poison(&mut self, address: DeviceAddress, bytes: u64) {
         self.mark(POISON, address, bytes);
     }
@@ -447,9 +448,12 @@ fn load(source: &Path, entry: &str, sanitize: bool) -> Result<Arc<KernelLibrary>
     let loaded = lock(&LIBRARIES).entry(path.clone()).or_default().clone();
     loaded
         .get_or_init(|| {
+            // One process compiles it, others wait.
+            let turn = turn(&path).map_err(|error| error.to_string())?;
             if !path.exists() {
                 compile_kernel(&source, entry, sanitize, &path)?;
             }
+            drop(turn);
             // SAFETY: compiled by us; its initialisers do nothing of their own.
             let library = unsafe { Library::new(&path) }.map_err(|error| error.to_string())?;
             let library = Mutex::new(library);
@@ -491,30 +495,70 @@ fn flags(sanitize: bool) -> Vec<&'static str> {
     flags
 }
 
-/// Where the object belongs, by the contents of all that it is made of.
+/// A lock on the making of an object, held as long as the file is open.
+fn turn(path: &Path) -> io::Result<File> {
+    fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+    let file = File::create(path.with_extension("lock"))?;
+    file.lock()?;
+    Ok(file)
+}
+
+/// Where the object belongs, by the contents of all that it is made of. Where the source lies is not
+/// among that: the same kernel of many bundles is compiled once.
 fn object(source: &Path, entry: &str, sanitize: bool) -> Result<PathBuf, String> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(shared_sources()?.as_bytes());
-    hasher.update(&fs::read(source).map_err(|error| error.to_string())?);
-    // The path too: it is in the messages.
-    let words = [&*source.to_string_lossy(), entry].join("\n");
-    hasher.update(words.as_bytes());
+    let mut files = vec![source.to_owned()];
+    let mut next = 0;
+    while let Some(file) = files.get(next).cloned() {
+        let text = fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+        hasher.update(&text);
+        for included in included(&String::from_utf8_lossy(&text), &file, source) {
+            if !files.contains(&included) {
+                files.push(included);
+            }
+        }
+        next += 1;
+    }
+    // The names too: they are in the messages.
+    let names = files.iter().filter_map(|file| file.file_name());
+    let names = names.map(|name| name.to_string_lossy());
+    let words: Vec<_> = names.chain([entry.into()]).collect();
+    hasher.update(words.join("\n").as_bytes());
     hasher.update(flags(sanitize).join(" ").as_bytes());
     let name = format!("{entry}-{}.so", &hasher.finalize().to_hex()[..24]);
     Ok(repository("target/emulation").join(name))
 }
 
-/// A hash of the emulation, the device headers and the compiler's version.
+/// The headers that a file includes on the way from `source`, as g++ finds them: the emulation's come
+/// first, then those beside the source, such as a bundle's.
+fn included(text: &str, file: &Path, source: &Path) -> Vec<PathBuf> {
+    let beside = |file: &Path| file.parent().unwrap_or(Path::new(".")).to_owned();
+    let folders = [
+        beside(file),
+        repository("tests/emulation"),
+        beside(source),
+        repository("templates"),
+    ];
+    let names = text.lines().filter_map(|line| {
+        let name = line.trim().strip_prefix("#include \"")?;
+        name.split('"').next()
+    });
+    let find = |name| {
+        folders
+            .iter()
+            .map(|folder| folder.join(name))
+            .find(|path| path.exists())
+    };
+    names.filter_map(find).collect()
+}
+
+/// A hash of the emulation and the compiler's version.
 fn shared_sources() -> Result<String, String> {
     static HASH: OnceLock<Result<String, String>> = OnceLock::new();
     let hash = || {
         let mut hasher = blake3::Hasher::new();
-        for folder in [
-            "tests/emulation",
-            "tests/emulation/kiln",
-            "templates/kiln",
-            "templates",
-        ] {
+        for folder in ["tests/emulation", "tests/emulation/kiln"] {
             let entries = fs::read_dir(repository(folder)).map_err(|error| error.to_string())?;
             let mut files: Vec<PathBuf> = entries
                 .filter_map(|entry| Some(entry.ok()?.path()).filter(|path| path.is_file()))
@@ -542,15 +586,21 @@ fn compiler() -> Command {
 
 fn compile_kernel(source: &Path, entry: &str, sanitize: bool, path: &Path) -> Result<(), String> {
     let runtime = runtime_object()?;
+    // From the source's folder, so that messages name the source without it.
+    let beside = source.parent().unwrap_or(Path::new("."));
+    let name = source.file_name().unwrap_or_default().to_string_lossy();
     let mut command = compiler();
     command
+        .current_dir(beside)
         .args(flags(sanitize))
         .arg("-shared")
+        .arg(format!("-ffile-prefix-map={}=.", beside.display()))
         .arg("-I")
         .arg(repository("tests/emulation"))
+        .arg("-I.")
         .arg("-I")
         .arg(repository("templates"))
-        .arg(format!("-DKILN_SOURCE=\"{}\"", source.display()))
+        .arg(format!("-DKILN_SOURCE=\"{name}\""))
         .arg(format!("-DKILN_ENTRY={entry}"))
         .arg(emulation("launch.cpp"))
         .arg(runtime)

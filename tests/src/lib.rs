@@ -5,6 +5,7 @@
 
 pub mod conformance;
 pub mod emulation;
+pub mod fences;
 pub mod generation;
 
 use kiln_compiler::{CompileOptions, Model, Silent, compile};

@@ -6,7 +6,7 @@ use clap::{Parser, ValueEnum};
 use kiln_bundle::{Bundle, DType};
 use kiln_compiler::{TargetChoice, cuda::native_gpu};
 use kiln_runtime::device::{CpuDevice, CpuOptions, CudaOptions, Device, DeviceChoice, LoadOptions};
-use kiln_tests::conformance::{Outcome, Subject, accuracy, invariance, subjects};
+use kiln_tests::conformance::{Outcome, Subject, accuracy, crowd, invariance, subjects};
 use serde_json::json;
 use std::{io::Write, process::ExitCode};
 
@@ -121,12 +121,11 @@ fn check(subject: &Subject, dtype: DType, arguments: &Arguments) -> Result<Vec<O
     subject.compile(&path, dtype, targets, false)?;
     let bundle = Bundle::open(&path)?;
     let mut reference = CpuDevice::load(&bundle, &CpuOptions::default())?;
-    let mut outcomes = accuracy(
-        &mut reference,
-        open(&bundle, arguments)?.as_mut(),
-        &bundle,
-        dtype,
-    )?;
+    let mut outcomes = vec![];
+    for part in [accuracy, crowd] {
+        let mut device = open(&bundle, arguments)?;
+        outcomes.extend(part(&mut reference, device.as_mut(), &bundle, dtype)?);
+    }
     outcomes.extend(invariance(open(&bundle, arguments)?.as_mut(), &bundle)?);
     Ok(outcomes)
 }

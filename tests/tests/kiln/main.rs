@@ -6,6 +6,8 @@ mod batch_invariance;
 mod conformance;
 mod cpu_parity;
 mod documents;
+mod emulated_engine;
+mod emulated_kernels;
 mod emulation;
 mod generate;
 mod generation;

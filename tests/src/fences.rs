@@ -1,0 +1,369 @@
+//! Fences around what kernels may touch, for the emulation.
+//!
+//! Activations are parts of one allocation, and so are temporaries, weights and the lists of a step: a
+//! kernel that leaves its own part lands in another, and no sanitizer minds. [`fence`] changes a bundle
+//! so that every part has a place of its own and a gap behind it, and [`FencedDriver`] forbids the
+//! gaps.
+
+use crate::emulation::EmulatedDriver;
+use kiln_bundle::{
+    Argument, Bundle, DType, Executable, Image, Launch, MANIFEST_FILE, Manifest, StepCounts,
+    StepDraw, StepPointers, StepSequence, StepTile, Target,
+};
+use kiln_runtime::device::cuda::{
+    BoundLaunch, DeviceAddress, Driver, DriverError, GpuFacts, GraphHandle, KernelHandle,
+    KernelImage, Ticket,
+};
+use std::{collections::BTreeMap, fs, mem::offset_of, ops::Range, path::Path};
+
+/// At least so much lies behind every part.
+const GAP_BYTES: u64 = 64;
+/// Parts of the arena start at multiples of this.
+const BUFFER_ALIGN_BYTES: u64 = 64;
+/// Tensors and temporaries start at multiples of this.
+const ALIGN_BYTES: u64 = 256;
+
+/// An allocation, known by its size, and what of it nobody may touch.
+#[derive(Clone, Debug)]
+struct Fence {
+    what: &'static str,
+    bytes: u64,
+    gaps: Vec<Range<u64>>,
+}
+
+/// The fences of a target.
+#[derive(Clone, Debug)]
+pub struct Fences {
+    fences: Vec<Fence>,
+    /// Size of the one allocation whose zeros matter.
+    counter_bytes: u64,
+}
+
+/// Gives every activation buffer and every temporary of the target's executables a place of its own:
+/// rewrites the bundle's manifest.
+///
+/// # Panics
+/// When the bundle is none, or has no such target.
+pub fn fence(dir: &Path, target: &str) -> Fences {
+    let bundle = Bundle::open(dir).expect("a bundle");
+    let mut manifest = bundle.manifest().clone();
+    let index = manifest.targets.iter().position(|t| t.name == target);
+    let index = index.expect("a target of the bundle");
+    let weights = fence_weights(&bundle, &manifest.targets[index]);
+    let arena = fence_buffers(&mut manifest.targets[index]);
+    let workspace = fence_temporaries(&mut manifest, index);
+    let text = serde_json::to_vec(&manifest).expect("plain data");
+    fs::write(dir.join(MANIFEST_FILE), text).expect("a writable bundle");
+    let counters = manifest.targets[index].executables.iter();
+    let counters = counters.map(|executable| executable.counters).max();
+    Fences {
+        fences: vec![weights, arena, workspace],
+        counter_bytes: u64::from(counters.unwrap_or(0)) * 4,
+    }
+}
+
+/// Between tensors, as the device lays them out: in the order of the file.
+fn fence_weights(bundle: &Bundle, target: &Target) -> Fence {
+    let weights = bundle.weights(target).expect("weights");
+    let names = weights.names().into_iter();
+    let mut tensors: Vec<&[u8]> = names
+        .filter_map(|n| Some(weights.tensor(n)?.data))
+        .collect();
+    tensors.sort_by_key(|data| data.as_ptr());
+    let mut parts = Parts::new("weights", ALIGN_BYTES, 0);
+    for data in tensors {
+        parts.add(data.len() as u64);
+    }
+    parts.fence()
+}
+
+fn fence_buffers(target: &mut Target) -> Fence {
+    let mut parts = Parts::new("activations", BUFFER_ALIGN_BYTES, GAP_BYTES);
+    for executable in &mut target.executables {
+        let buffers = &target.programs[executable.program as usize].buffers;
+        for (offset, buffer) in executable.offsets_bytes.iter_mut().zip(buffers) {
+            let elements = u64::from(executable.bounds.rows(buffer.rows)) * u64::from(buffer.width);
+            *offset = parts.add(elements * buffer.dtype.size_bytes() as u64);
+        }
+    }
+    let fence = parts.fence();
+    for executable in &mut target.executables {
+        executable.arena_bytes = fence.bytes;
+    }
+    fence
+}
+
+fn fence_temporaries(manifest: &mut Manifest, target: usize) -> Fence {
+    let head_dim = u64::from(manifest.model.head_dim);
+    let target = &mut manifest.targets[target];
+    let mut parts = Parts::new("temporaries", ALIGN_BYTES, GAP_BYTES);
+    for executable in &mut target.executables {
+        // Where a kernel reads what another one left, it comes right behind it, but for the best
+        // tokens of the LM head's blocks, whose place nothing else takes.
+        let mut moved = BTreeMap::new();
+        let mut launches = std::mem::take(&mut executable.launches);
+        for launch in &mut launches {
+            let image = &target.images[launch.image as usize];
+            let written = temporary(image, launch, executable, head_dim);
+            for (index, argument) in launch.arguments.iter_mut().enumerate() {
+                let Argument::Workspace { offset_bytes } = argument else {
+                    continue;
+                };
+                if let Some((_, bytes)) = written.filter(|(written, _)| *written == index) {
+                    moved.insert(*offset_bytes, parts.add(bytes));
+                }
+                *offset_bytes = moved[offset_bytes];
+            }
+        }
+        executable.launches = launches;
+    }
+    let fence = parts.fence();
+    for executable in &mut target.executables {
+        executable.workspace_bytes = fence.bytes;
+    }
+    fence
+}
+
+/// Which of a launch's arguments is a temporary that it fills, and the bytes that it fills.
+fn temporary(
+    image: &Image,
+    launch: &Launch,
+    executable: &Executable,
+    head_dim: u64,
+) -> Option<(usize, u64)> {
+    let last = launch.arguments.len() - 1;
+    let blocks: u64 = launch.grid.into_iter().map(u64::from).product();
+    let warps = u64::from(image.block_threads / 32);
+    let mut words = image.entry.split('_');
+    match words.next()? {
+        // rows_norm_768_f16_tokens
+        "rows" => {
+            let mut words = words.skip_while(|word| word.parse::<u64>().is_err());
+            let width: u64 = words.next()?.parse().ok()?;
+            let dtype = match words.next()? {
+                "f32" => DType::F32,
+                _ => DType::F16,
+            };
+            Some((last, blocks * width * dtype.size_bytes() as u64))
+        }
+        // The best token of each block, a row.
+        "linear" if words.any(|word| word == "logits") => Some((
+            last,
+            u64::from(executable.bounds.max_logit_rows) * blocks * 8,
+        )),
+        // A part for each of a block's chunks, which are its warps.
+        "attention" if words.next()? == "decode" => Some((4, blocks * warps * (head_dim + 2) * 4)),
+        _ => None,
+    }
+}
+
+/// Lays out an allocation.
+struct Parts {
+    what: &'static str,
+    align_bytes: u64,
+    gap_bytes: u64,
+    end: u64,
+    gaps: Vec<Range<u64>>,
+}
+
+impl Parts {
+    fn new(what: &'static str, align_bytes: u64, gap_bytes: u64) -> Parts {
+        Parts {
+            what,
+            align_bytes,
+            gap_bytes,
+            end: 0,
+            gaps: vec![],
+        }
+    }
+
+    /// Where a part of this size lies.
+    fn add(&mut self, bytes: u64) -> u64 {
+        let start = self.end;
+        let end = start + bytes;
+        self.end = (end + self.gap_bytes).next_multiple_of(self.align_bytes);
+        self.gaps.push(end..self.end);
+        start
+    }
+
+    fn fence(self) -> Fence {
+        Fence {
+            what: self.what,
+            bytes: self.end,
+            gaps: self.gaps,
+        }
+    }
+}
+
+/// An emulated GPU under which every part of an allocation is fenced. Memory comes full of garbage,
+/// NaNs as numbers, where kernels may not count on zeros.
+pub struct FencedDriver {
+    driver: EmulatedDriver,
+    /// Those whose allocations have not been made.
+    fences: Vec<Fence>,
+    counter_bytes: u64,
+    /// Allocations.
+    memory: Vec<Range<u64>>,
+    /// Recorded launches.
+    graphs: Vec<Vec<BoundLaunch>>,
+    /// The last upload that can be a step's lists.
+    lists: Option<Lists>,
+}
+
+#[derive(Clone, Copy)]
+struct Lists {
+    at: DeviceAddress,
+    bytes: u64,
+    counts: StepCounts,
+}
+
+impl FencedDriver {
+    /// A device for a bundle that has been fenced.
+    pub fn new(driver: EmulatedDriver, fences: &Fences) -> FencedDriver {
+        FencedDriver {
+            driver,
+            fences: fences.fences.clone(),
+            counter_bytes: fences.counter_bytes,
+            memory: vec![],
+            graphs: vec![],
+            lists: None,
+        }
+    }
+
+    /// The rest of the allocation that an address lies in.
+    fn rest(&self, at: DeviceAddress) -> u64 {
+        let own = self.memory.iter().find(|range| range.contains(&at.0));
+        own.map_or(0, |range| range.end - at.0)
+    }
+
+    /// Forbids what a step's lists do not use of their room.
+    fn fence_lists(&mut self, launch: &BoundLaunch) {
+        let kinds: Vec<&str> = self.fences.iter().map(|fence| fence.what).collect();
+        assert!(kinds.is_empty(), "nothing was allocated for {kinds:?}");
+        let pointers = launch.parameters.first().and_then(|bytes| pointers(bytes));
+        let (Some(pointers), Some(lists)) = (pointers, self.lists) else {
+            return;
+        };
+        if pointers.counts != lists.at.0 {
+            return;
+        }
+        let StepCounts {
+            tokens,
+            sequences,
+            logit_rows,
+            tiles,
+            draws,
+        } = lists.counts;
+        let used = [
+            (pointers.counts, size_of::<StepCounts>(), 1),
+            (pointers.token_ids, 4, tokens),
+            (pointers.positions, 4, tokens),
+            (pointers.kv_slots, 4, tokens),
+            (pointers.logit_rows, 4, logit_rows),
+            (pointers.sequences, size_of::<StepSequence>(), sequences),
+            (pointers.tiles, size_of::<StepTile>(), tiles),
+            (pointers.draws, size_of::<StepDraw>(), draws),
+        ];
+        let starts = used[1..].iter().map(|(start, ..)| *start);
+        for ((start, size, count), next) in used.into_iter().zip(starts.chain([pointers.lists])) {
+            let end = start + size as u64 * u64::from(count);
+            self.driver.poison(DeviceAddress(end), next - end);
+        }
+        // Block tables and suppressed ids end where the copy did.
+        let end = lists.at.offset(lists.bytes);
+        self.driver.poison(end, self.rest(lists.at) - lists.bytes);
+    }
+}
+
+fn pointers(bytes: &[u8]) -> Option<StepPointers> {
+    if bytes.len() != size_of::<StepPointers>() {
+        return None;
+    }
+    let at = |offset: usize| Some(u64::from_le_bytes(*bytes.get(offset..)?.first_chunk()?));
+    Some(StepPointers {
+        counts: at(offset_of!(StepPointers, counts))?,
+        token_ids: at(offset_of!(StepPointers, token_ids))?,
+        positions: at(offset_of!(StepPointers, positions))?,
+        kv_slots: at(offset_of!(StepPointers, kv_slots))?,
+        logit_rows: at(offset_of!(StepPointers, logit_rows))?,
+        sequences: at(offset_of!(StepPointers, sequences))?,
+        tiles: at(offset_of!(StepPointers, tiles))?,
+        draws: at(offset_of!(StepPointers, draws))?,
+        lists: at(offset_of!(StepPointers, lists))?,
+        last_sampled: at(offset_of!(StepPointers, last_sampled))?,
+        chosen: at(offset_of!(StepPointers, chosen))?,
+    })
+}
+
+fn counts(bytes: &[u8]) -> Option<StepCounts> {
+    let (words, _) = bytes.as_chunks::<4>();
+    let mut words = words.iter().map(|&word| u32::from_le_bytes(word));
+    Some(StepCounts {
+        tokens: words.next()?,
+        sequences: words.next()?,
+        logit_rows: words.next()?,
+        tiles: words.next()?,
+        draws: words.next()?,
+    })
+}
+
+impl Driver for FencedDriver {
+    fn facts(&self) -> &GpuFacts {
+        self.driver.facts()
+    }
+
+    fn allocate(&mut self, bytes: u64) -> Result<DeviceAddress, DriverError> {
+        let address = self.driver.allocate(bytes)?;
+        self.memory.push(address.0..address.0 + bytes);
+        if bytes != self.counter_bytes {
+            self.driver.upload(address, &vec![0xff; bytes as usize])?;
+        }
+        if let Some(found) = self.fences.iter().position(|fence| fence.bytes == bytes) {
+            for gap in self.fences.remove(found).gaps {
+                let start = address.offset(gap.start);
+                self.driver.poison(start, gap.end - gap.start);
+            }
+        }
+        Ok(address)
+    }
+
+    fn load(&mut self, image: &KernelImage) -> Result<KernelHandle, DriverError> {
+        self.driver.load(image)
+    }
+
+    fn upload(&mut self, to: DeviceAddress, bytes: &[u8]) -> Result<(), DriverError> {
+        if let Some(lists) = self.lists.filter(|lists| lists.at == to) {
+            self.driver.unpoison(to, self.rest(lists.at));
+        }
+        self.driver.upload(to, bytes)?;
+        self.lists = counts(bytes).map(|counts| Lists {
+            at: to,
+            bytes: bytes.len() as u64,
+            counts,
+        });
+        Ok(())
+    }
+
+    fn launch(&mut self, launch: &BoundLaunch) -> Result<(), DriverError> {
+        self.fence_lists(launch);
+        self.driver.launch(launch)
+    }
+
+    fn record(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
+        self.graphs.push(launches.to_vec());
+        Ok(GraphHandle(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, graph: GraphHandle) -> Result<(), DriverError> {
+        let launches = self.graphs[graph.0].clone();
+        launches.iter().try_for_each(|launch| self.launch(launch))
+    }
+
+    fn download(&mut self, from: DeviceAddress, bytes: usize) -> Result<Ticket, DriverError> {
+        self.driver.download(from, bytes)
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Vec<u8>, DriverError> {
+        self.driver.wait(ticket)
+    }
+}

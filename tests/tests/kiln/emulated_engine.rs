@@ -1,0 +1,213 @@
+//! Whole requests on emulated CUDA: the tokens are those of the CPU, and those of a request alone.
+
+use kiln_bundle::{Bundle, DType};
+use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
+use kiln_runtime::{
+    Completion, Engine, Event, Prompt, Request, SamplingParams,
+    device::{CpuDevice, CpuOptions, CudaDevice, CudaOptions, Device},
+};
+use kiln_tests::{
+    TestBundle,
+    conformance::tolerance,
+    emulation::{EmulatedDriver, EmulationOptions},
+    fixture, repository,
+};
+use std::path::Path;
+
+const NEW_TOKENS: u32 = 32;
+
+fn compiled(model: &Path) -> TestBundle {
+    let options = CompileOptions {
+        targets: vec![TargetChoice::Cpu, TargetChoice::Cuda(CudaTarget::Sm90a)],
+        emit_only: true,
+        dtype: Some(DType::F16),
+        weights: Some(DType::F16),
+        max_batch: 4,
+        max_seq_len: Some(64),
+        prefill_buckets: vec![32],
+        decode_batch: vec![1],
+        decode_kv: vec![64],
+        ..CompileOptions::default()
+    };
+    TestBundle::compile(model, &options)
+}
+
+fn cpu(bundle: &Bundle) -> Engine {
+    let options = CpuOptions {
+        threads: Some(1),
+        ..CpuOptions::default()
+    };
+    let device = CpuDevice::load(bundle, &options).unwrap();
+    Engine::new(Box::new(device), bundle.manifest(), None).unwrap()
+}
+
+fn emulated(bundle: &Bundle, graphs: bool) -> Engine {
+    let driver = EmulatedDriver::new(EmulationOptions::default());
+    let target = &bundle.manifest().targets[1];
+    let options = CudaOptions {
+        graphs,
+        ..CudaOptions::default()
+    };
+    let device = CudaDevice::load(bundle, target, driver, &options, &mut |_, _| {}).unwrap();
+    // A step is submitted before the tokens of the last one are known.
+    assert_eq!(device.pipeline_depth(), 1);
+    Engine::new(Box::new(device), bundle.manifest(), None).unwrap()
+}
+
+fn greedy(prompt: &[u32]) -> Request {
+    Request {
+        max_new_tokens: Some(NEW_TOKENS),
+        ignore_eos: true,
+        ..Request::new(Prompt::Ids(prompt.to_vec()))
+    }
+}
+
+/// All requests at once, in their order.
+fn run(engine: &mut Engine, requests: &[Request]) -> Vec<Completion> {
+    for request in requests {
+        engine.submit(request.clone()).unwrap();
+    }
+    let mut done: Vec<Completion> = vec![];
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            match event {
+                Event::Finished(completion) => done.push(*completion),
+                other => assert!(matches!(other, Event::Token(_)), "{other:?}"),
+            }
+        }
+    }
+    done.sort_by_key(|completion| completion.request);
+    done
+}
+
+/// Prompts of 5, 1 and 17 tokens.
+fn prompts(vocab_size: u32) -> Vec<Vec<u32>> {
+    let id = |i: u32, like: u32| (i * i * 31 + i * 7 + like * 53 + 5) % vocab_size;
+    let prompt = |(like, len)| (0..len).map(|i| id(i, like)).collect();
+    (0..).zip([5, 1, 17]).map(prompt).collect()
+}
+
+/// Where the devices chose different tokens after the same ones, the CPU's logits of both must be
+/// nearer to each other than the devices may differ. Says how near they are.
+fn near_tie(
+    bundle: &Bundle,
+    on_cpu: &Completion,
+    found: &Completion,
+    at: usize,
+) -> Result<String, String> {
+    let mut request = greedy(&on_cpu.prompt_ids);
+    request.observe.logits = true;
+    let observed = run(&mut cpu(bundle), &[request]).remove(0);
+    assert_eq!(observed.ids, on_cpu.ids);
+    let vocab_size = bundle.manifest().model.vocab_size as usize;
+    let prompt = on_cpu.prompt_ids.len();
+    let row = &observed.logits[(prompt - 1 + at) * vocab_size..][..vocab_size];
+    let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let [expected, chosen] = [on_cpu, found].map(|completion| completion.ids[at]);
+    let gap = (row[expected as usize] - row[chosen as usize]) / largest;
+    let text = format!(
+        "prompt of {prompt}, token {at}: {chosen}, and {expected} on the CPU, which has {gap:.1e} of \
+         the largest logit between them"
+    );
+    if gap <= tolerance(DType::F16) {
+        Ok(text)
+    } else {
+        Err(text)
+    }
+}
+
+/// Of three prompts in a batch, all but `ties` get the CPU's tokens, and those differ at a near tie.
+fn same_tokens_as_the_cpu(model: &Path, ties: usize) {
+    let compiled = compiled(model);
+    let bundle = Bundle::open(&compiled.path()).unwrap();
+    let prompts = prompts(bundle.manifest().model.vocab_size);
+    let requests: Vec<Request> = prompts.iter().map(|prompt| greedy(prompt)).collect();
+    let expected = run(&mut cpu(&bundle), &requests);
+    let found = run(&mut emulated(&bundle, true), &requests);
+    let mut differ = vec![];
+    for (expected, found) in expected.iter().zip(&found) {
+        assert_eq!(found.ids.len(), NEW_TOKENS as usize);
+        let first = (0..found.ids.len()).find(|&at| found.ids[at] != expected.ids[at]);
+        if let Some(at) = first {
+            differ.push(near_tie(&bundle, expected, found, at).unwrap());
+        }
+    }
+    println!("{}: {differ:?}", model.display());
+    assert!(differ.len() <= ties, "{differ:?}");
+}
+
+#[test]
+fn tiny_opt() {
+    // The second token of the first prompt: its logits are 3e-4 of the largest apart.
+    same_tokens_as_the_cpu(&fixture("tiny-opt"), 1);
+}
+
+#[test]
+fn tiny_opt_post() {
+    same_tokens_as_the_cpu(&fixture("tiny-opt-post"), 0);
+}
+
+#[test]
+fn tiny_opt_d80() {
+    same_tokens_as_the_cpu(&fixture("tiny-opt-d80"), 0);
+}
+
+#[test]
+fn tiny_gpt2() {
+    same_tokens_as_the_cpu(&fixture("tiny-gpt2"), 0);
+}
+
+#[test]
+fn demo() {
+    same_tokens_as_the_cpu(&repository("models/demo"), 0);
+}
+
+#[test]
+fn a_request_gets_the_same_tokens_in_any_batch() {
+    let compiled = compiled(&fixture("tiny-gpt2"));
+    let bundle = Bundle::open(&compiled.path()).unwrap();
+    let prompts = prompts(bundle.manifest().model.vocab_size);
+    let free = SamplingParams {
+        temperature: 1.3,
+        seed: Some(7),
+        ..SamplingParams::GREEDY
+    };
+    let sampled = |prompt: usize, sampling: SamplingParams| Request {
+        sampling,
+        ..greedy(&prompts[prompt])
+    };
+    // More than there are slots, so that some wait for others to end.
+    let requests = [
+        sampled(0, free),
+        greedy(&prompts[1]),
+        sampled(2, SamplingParams { top_k: 20, ..free }),
+        sampled(0, SamplingParams { top_p: 0.8, ..free }),
+        // Ends early, while its next step is in flight, but not before its fourth token.
+        Request {
+            stop_token_ids: vec![22, 116],
+            min_new_tokens: 4,
+            ..greedy(&prompts[1])
+        },
+        sampled(
+            2,
+            SamplingParams {
+                min_p: 0.3,
+                seed: Some(8),
+                ..free
+            },
+        ),
+    ];
+    let together = run(&mut emulated(&bundle, true), &requests);
+    // One after the other, on a device that launches kernels one by one.
+    let mut engine = emulated(&bundle, false);
+    for (request, expected) in requests.iter().zip(&together) {
+        let alone = run(&mut engine, std::slice::from_ref(request)).remove(0);
+        assert_eq!(alone.ids, expected.ids, "{request:?}");
+        assert_eq!(alone.finish_reason, expected.finish_reason);
+    }
+    let lens: Vec<usize> = together.iter().map(|done| done.ids.len()).collect();
+    assert!((4..32).contains(&lens[4]), "{lens:?}");
+    // The parameters make a difference.
+    assert_ne!(together[0].ids, together[3].ids);
+    assert_ne!(together[2].ids, together[5].ids);
+}
