@@ -48,7 +48,7 @@ fn choices(criterion: &mut Criterion) {
         },
         prompt_len: PROMPT_LEN,
         max_new_tokens: HISTORY_LEN,
-        eos_token_ids: vec![2],
+        ends: vec![2],
     });
     let sampled = DrawParams {
         temperature: 0.8,

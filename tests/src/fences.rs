@@ -336,11 +336,14 @@ impl Driver for FencedDriver {
             self.driver.unpoison(to, self.rest(lists.at));
         }
         self.driver.upload(to, bytes)?;
-        self.lists = counts(bytes).map(|counts| Lists {
-            at: to,
-            bytes: bytes.len() as u64,
-            counts,
-        });
+        // A single token, chosen by the host, is no list.
+        if let Some(counts) = counts(bytes) {
+            self.lists = Some(Lists {
+                at: to,
+                bytes: bytes.len() as u64,
+                counts,
+            });
+        }
         Ok(())
     }
 
