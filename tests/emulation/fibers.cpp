@@ -19,6 +19,7 @@
 extern "C" {
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
 __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void* address, size_t size);
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 
 // Static shared memory: where shared.ld gathers it.
@@ -102,7 +103,6 @@ namespace emulation {
 
 Index thread_index, block_index, block_size, grid_size;
 uint8_t* dynamic_shared_memory;
-bool waited_for_previous;
 
 namespace {
 
@@ -154,6 +154,8 @@ struct Group {
 
 struct Warp {
     uint32_t live;
+    // Lanes that wait for the previous kernel.
+    uint32_t waiting;
     uint32_t group_count;
     Group groups[WARP];
     void* operands[WARP];
@@ -180,6 +182,9 @@ uint32_t ready_count;
 uint32_t live_count;
 uint32_t barrier_count;
 const Fiber* barrier_first;
+// Whether the previous kernel has ended, as far as the block is concerned, and whether a thread waited.
+bool previous_ended;
+bool waited_for_previous;
 
 uint32_t random_below(uint32_t bound) {
     random_state ^= random_state >> 12;
@@ -210,21 +215,6 @@ Fiber* take_ready() {
     return last;
 }
 
-// Runs others until the current thread is made ready and chosen. Where none can run, the host
-// finds out why.
-void yield(bool ends = false) {
-    Fiber& from = *current;
-    if (ready_count == 0 || failed) {
-        switch_to(from, host, ends);
-        return;
-    }
-    Fiber& to = *take_ready();
-    if (&to == &from) return;
-    current = &to;
-    thread_index.x = to.thread;
-    switch_to(from, to, ends);
-}
-
 void wait_in(const char* what, const char* file, int line) {
     Fiber& fiber = *current;
     fiber.what = what;
@@ -238,8 +228,8 @@ void release_lanes(uint32_t warp, uint32_t lanes) {
         if (lanes >> lane & 1) make_ready(pool->fibers[warp * WARP + lane]);
 }
 
-// All threads of the block that have not ended. Seeds permute warps.
-void release_all() {
+// Those lanes of every warp. Seeds permute warps.
+void release_all(uint32_t Warp::*lanes) {
     uint8_t order[MAX_THREADS / WARP];
     uint32_t warps = (block_size.x + WARP - 1) / WARP;
     for (uint32_t i = 0; i < warps; i++) {
@@ -247,12 +237,46 @@ void release_all() {
         order[i] = order[other];
         order[other] = static_cast<uint8_t>(i);
     }
-    while (warps-- > 0) release_lanes(order[warps], pool->warps[order[warps]].live);
+    while (warps-- > 0) release_lanes(order[warps], pool->warps[order[warps]].*lanes);
+}
+
+void hide() {
+    if (!__asan_poison_memory_region) return;
+    for (size_t i = 0; i < launch->hidden_count; i++)
+        __asan_poison_memory_region(launch->hidden[i].start, launch->hidden[i].bytes);
+}
+
+void reveal() {
+    if (!__asan_unpoison_memory_region) return;
+    for (size_t i = 0; i < launch->hidden_count; i++)
+        __asan_unpoison_memory_region(launch->hidden[i].start, launch->hidden[i].bytes);
+}
+
+void end_previous() {
+    previous_ended = true;
+    reveal();
+    release_all(&Warp::waiting);
 }
 
 void release_barrier() {
     barrier_count = 0;
-    release_all();
+    release_all(&Warp::live);
+}
+
+// Runs others until the current thread is made ready and chosen. Where none can run, the host
+// finds out why.
+void yield(bool ends = false) {
+    Fiber& from = *current;
+    if (ready_count == 0 && waited_for_previous && !previous_ended && !failed) end_previous();
+    if (ready_count == 0 || failed) {
+        switch_to(from, host, ends);
+        return;
+    }
+    Fiber& to = *take_ready();
+    if (&to == &from) return;
+    current = &to;
+    thread_index.x = to.thread;
+    switch_to(from, to, ends);
 }
 
 bool complete_group(uint32_t warp_index, Group& group) {
@@ -361,7 +385,8 @@ void run_block() {
     } else {
         memset(kiln_shared_start, garbage, kiln_shared_stop - kiln_shared_start);
     }
-    waited_for_previous = false;
+    previous_ended = waited_for_previous = false;
+    hide();
     ready_count = barrier_count = 0;
     live_count = block_size.x;
     for (uint32_t thread = 0; thread < block_size.x; thread++) prepare(pool->fibers[thread], thread);
@@ -369,9 +394,10 @@ void run_block() {
         Warp& warp = pool->warps[first / WARP];
         uint32_t lanes = block_size.x - first < WARP ? block_size.x - first : WARP;
         warp.live = lanes == WARP ? ~0u : (1u << lanes) - 1;
+        warp.waiting = 0;
         warp.group_count = 0;
     }
-    release_all();
+    release_all(&Warp::live);
 
     current = take_ready();
     thread_index = {current->thread, 0, 0};
@@ -474,6 +500,14 @@ void collective(Complete complete, uint32_t mask, void* operand, const char* wha
     yield();
 }
 
+void wait_for_previous(const char* file, int line) {
+    waited_for_previous = true;
+    if (previous_ended) return;
+    wait_in("wait_for_previous", file, line);
+    pool->warps[current->thread / WARP].waiting |= 1u << current->thread % WARP;
+    yield();
+}
+
 static void copy_now(const Copy& copy) {
     if (copy.exists) {
         memcpy(copy.shared, copy.global, 16);
@@ -548,6 +582,7 @@ bool run(const Launch& of, Call call) {
         if (failed) break;
     }
     free(shared);
+    reveal();
     // Threads that were given up in the middle leave marks on their stacks.
     if (failed && __asan_unpoison_memory_region)
         for (uint32_t thread = 0; thread < block_size.x; thread++)

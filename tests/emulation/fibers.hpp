@@ -20,8 +20,6 @@ struct Index {
 extern Index thread_index, block_index, block_size, grid_size;
 // Dynamic shared memory of the running block.
 extern uint8_t* dynamic_shared_memory;
-// Whether a thread of the running block has called `wait_for_previous`.
-extern bool waited_for_previous;
 
 // Ends the launch with an error that names block and thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -33,6 +31,10 @@ void barrier(const char* file, int line);
 // `operands` are by lane, and live until their lanes go on.
 using Complete = void (*)(void* const* operands, uint32_t lanes);
 void collective(Complete complete, uint32_t mask, void* operand, const char* what, const char* file, int line);
+
+// Waits until the previous kernel has ended, which is as late as can be: when no thread of the block can
+// go on without. Until then a launch's `hidden` memory may not be touched.
+void wait_for_previous(const char* file, int line);
 
 // Copies of 16 bytes to shared memory. With seed 0 they are as late as they may be: done by the wait
 // for their group. With other seeds some are as early as they may be.
@@ -54,6 +56,11 @@ struct Parameter {
     size_t size;
 };
 
+struct Range {
+    const void* start;
+    size_t bytes;
+};
+
 // Mirrored in tests/src/emulation.rs.
 struct Launch {
     const char* place;
@@ -64,6 +71,9 @@ struct Launch {
     uint64_t seed;
     const Parameter* parameters;
     size_t parameter_count;
+    // What other kernels of the step write.
+    const Range* hidden;
+    size_t hidden_count;
     // Stacks and bookkeeping, made by the first launch and reused by the next.
     void** pool;
     char* error;

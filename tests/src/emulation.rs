@@ -4,7 +4,8 @@
 //! Work is done when it is enqueued. Beyond running kernels, it finds mistakes: barriers and warp
 //! collectives that not all threads reach, blocks that never wait for the previous kernel, copies
 //! to shared memory that nobody waits for, writes beside an allocation, and, with
-//! [`EmulationOptions::sanitize`], whatever the address and undefined-behaviour sanitizers find.
+//! [`EmulationOptions::sanitize`], whatever the address and undefined-behaviour sanitizers find, and
+//! what is touched before the previous kernel has ended.
 //! The order of threads and blocks follows a seed, so that a missing barrier shows.
 
 use crate::repository;
@@ -59,6 +60,7 @@ impl Default for EmulationOptions {
 pub struct EmulatedDriver {
     options: EmulationOptions,
     memory: BTreeMap<u64, Allocation>,
+    hidden: Vec<RawRange>,
     allocated_bytes: u64,
     kernels: Vec<Kernel>,
     graphs: Vec<Vec<BoundLaunch>>,
@@ -85,6 +87,7 @@ impl EmulatedDriver {
         EmulatedDriver {
             options,
             memory: BTreeMap::new(),
+            hidden: vec![],
             allocated_bytes: 0,
             kernels: vec![],
             graphs: vec![],
@@ -108,6 +111,21 @@ impl EmulatedDriver {
     /// Allows what [`EmulatedDriver::poison`] forbade.
     pub fn unpoison(&mut self, address: DeviceAddress, bytes: u64) {
         self.mark(UNPOISON, address, bytes);
+    }
+
+    /// Forbids the launches that follow to touch these bytes before their threads have waited for the
+    /// previous kernel: what other kernels of a step write. Without sanitizers it does nothing.
+    ///
+    /// # Panics
+    /// When a range lies in no allocation.
+    pub fn hide(&mut self, ranges: &[(DeviceAddress, u64)]) {
+        let known = |&(at, bytes): &(DeviceAddress, u64)| self.find(at, bytes).is_some();
+        assert!(ranges.iter().all(known), "hidden memory is allocated");
+        let range = |&(at, bytes): &(DeviceAddress, u64)| RawRange {
+            start: at.0,
+            bytes: bytes as usize,
+        };
+        self.hidden = ranges.iter().map(range).collect();
     }
 
     fn mark(&self, hook: &[u8], address: DeviceAddress, bytes: u64) {
@@ -142,7 +160,13 @@ impl EmulatedDriver {
         let kernel = kernel.ok_or_else(|| failed("no such kernel".to_owned()))?;
         kernel
             .library
-            .launch(&kernel.image, launch, &self.options, &mut self.pool)
+            .launch(
+                &kernel.image,
+                launch,
+                &self.hidden,
+                &self.options,
+                &mut self.pool,
+            )
             .map_err(|problem| failed(format!("`{}`: {problem}", kernel.image.entry)))?;
         let damaged = self.memory.values().find_map(Allocation::damage);
         damaged.map_or(Ok(()), |damage| {
@@ -352,6 +376,8 @@ struct RawLaunch {
     seed: u64,
     parameters: *const RawParameter,
     parameter_count: usize,
+    hidden: *const RawRange,
+    hidden_count: usize,
     pool: *mut *mut c_void,
     error: *mut c_char,
     error_bytes: usize,
@@ -363,11 +389,19 @@ struct RawParameter {
     size: usize,
 }
 
+/// An address is a number here: the memory is the driver's, not the launch's.
+#[repr(C)]
+struct RawRange {
+    start: u64,
+    bytes: usize,
+}
+
 impl KernelLibrary {
     fn launch(
         self: &Arc<Self>,
         image: &KernelImage,
         launch: &BoundLaunch,
+        hidden: &[RawRange],
         options: &EmulationOptions,
         pool: &mut Pool,
     ) -> Result<(), String> {
@@ -391,6 +425,8 @@ impl KernelLibrary {
             seed: options.seed,
             parameters: parameters.as_ptr(),
             parameter_count: parameters.len(),
+            hidden: hidden.as_ptr(),
+            hidden_count: hidden.len(),
             pool: &raw mut pool.0,
             error: error.as_mut_ptr(),
             error_bytes: error.len(),

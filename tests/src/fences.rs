@@ -3,12 +3,13 @@
 //! Activations are parts of one allocation, and so are temporaries, weights and the lists of a step: a
 //! kernel that leaves its own part lands in another, and no sanitizer minds. [`fence`] changes a bundle
 //! so that every part has a place of its own and a gap behind it, and [`FencedDriver`] forbids the
-//! gaps.
+//! gaps. Besides, it forbids a kernel to touch what other kernels of the same step write before it has
+//! waited for the previous one.
 
 use crate::emulation::EmulatedDriver;
 use kiln_bundle::{
-    Argument, Bundle, DType, Executable, Image, Launch, MANIFEST_FILE, Manifest, StepCounts,
-    StepDraw, StepPointers, StepSequence, StepTile, Target,
+    Argument, BLOCK_TOKENS, Bundle, DType, Executable, Image, Launch, MANIFEST_FILE, Manifest,
+    StepCounts, StepDraw, StepPointers, StepSequence, StepTile, Target, kv_layer_bytes,
 };
 use kiln_runtime::device::cuda::{
     BoundLaunch, DeviceAddress, Driver, DriverError, GpuFacts, GraphHandle, KernelHandle,
@@ -16,6 +17,7 @@ use kiln_runtime::device::cuda::{
 };
 use std::{collections::BTreeMap, fs, mem::offset_of, ops::Range, path::Path};
 
+const WEIGHTS: &str = "weights";
 /// At least so much lies behind every part.
 const GAP_BYTES: u64 = 64;
 /// Parts of the arena start at multiples of this.
@@ -23,12 +25,12 @@ const BUFFER_ALIGN_BYTES: u64 = 64;
 /// Tensors and temporaries start at multiples of this.
 const ALIGN_BYTES: u64 = 256;
 
-/// An allocation, known by its size, and what of it nobody may touch.
+/// An allocation, known by its size, and its parts: nobody may touch what lies between them.
 #[derive(Clone, Debug)]
 struct Fence {
     what: &'static str,
     bytes: u64,
-    gaps: Vec<Range<u64>>,
+    parts: Vec<Range<u64>>,
 }
 
 /// The fences of a target.
@@ -37,6 +39,9 @@ pub struct Fences {
     fences: Vec<Fence>,
     /// Size of the one allocation whose zeros matter.
     counter_bytes: u64,
+    /// Of the KV cache: a layer of a block, and a block.
+    layer_bytes: u64,
+    block_bytes: u64,
 }
 
 /// Gives every activation buffer and every temporary of the target's executables a place of its own:
@@ -56,9 +61,14 @@ pub fn fence(dir: &Path, target: &str) -> Fences {
     fs::write(dir.join(MANIFEST_FILE), text).expect("a writable bundle");
     let counters = manifest.targets[index].executables.iter();
     let counters = counters.map(|executable| executable.counters).max();
+    let model = &manifest.model;
+    let element_bytes = manifest.targets[index].dtype.size_bytes() as u64;
+    let layer_bytes = kv_layer_bytes(u64::from(model.hidden_size), element_bytes);
     Fences {
         fences: vec![weights, arena, workspace],
         counter_bytes: u64::from(counters.unwrap_or(0)) * 4,
+        layer_bytes,
+        block_bytes: u64::from(model.layers) * layer_bytes,
     }
 }
 
@@ -70,7 +80,7 @@ fn fence_weights(bundle: &Bundle, target: &Target) -> Fence {
         .filter_map(|n| Some(weights.tensor(n)?.data))
         .collect();
     tensors.sort_by_key(|data| data.as_ptr());
-    let mut parts = Parts::new("weights", ALIGN_BYTES, 0);
+    let mut parts = Parts::new(WEIGHTS, ALIGN_BYTES, 0);
     for data in tensors {
         parts.add(data.len() as u64);
     }
@@ -163,7 +173,7 @@ struct Parts {
     align_bytes: u64,
     gap_bytes: u64,
     end: u64,
-    gaps: Vec<Range<u64>>,
+    parts: Vec<Range<u64>>,
 }
 
 impl Parts {
@@ -173,16 +183,15 @@ impl Parts {
             align_bytes,
             gap_bytes,
             end: 0,
-            gaps: vec![],
+            parts: vec![],
         }
     }
 
     /// Where a part of this size lies.
     fn add(&mut self, bytes: u64) -> u64 {
         let start = self.end;
-        let end = start + bytes;
-        self.end = (end + self.gap_bytes).next_multiple_of(self.align_bytes);
-        self.gaps.push(end..self.end);
+        self.end = (start + bytes + self.gap_bytes).next_multiple_of(self.align_bytes);
+        self.parts.push(start..start + bytes);
         start
     }
 
@@ -190,7 +199,7 @@ impl Parts {
         Fence {
             what: self.what,
             bytes: self.end,
-            gaps: self.gaps,
+            parts: self.parts,
         }
     }
 }
@@ -199,22 +208,13 @@ impl Parts {
 /// NaNs as numbers, where kernels may not count on zeros.
 pub struct FencedDriver {
     driver: EmulatedDriver,
-    /// Those whose allocations have not been made.
-    fences: Vec<Fence>,
-    counter_bytes: u64,
-    /// Allocations.
-    memory: Vec<Range<u64>>,
+    fences: Fences,
+    /// Allocations; those that are fenced, with their fences.
+    memory: Vec<(Range<u64>, Option<Fence>)>,
     /// Recorded launches.
     graphs: Vec<Vec<BoundLaunch>>,
     /// The last upload that can be a step's lists.
-    lists: Option<Lists>,
-}
-
-#[derive(Clone, Copy)]
-struct Lists {
-    at: DeviceAddress,
-    bytes: u64,
-    counts: StepCounts,
+    upload: (DeviceAddress, Vec<u8>),
 }
 
 impl FencedDriver {
@@ -222,47 +222,50 @@ impl FencedDriver {
     pub fn new(driver: EmulatedDriver, fences: &Fences) -> FencedDriver {
         FencedDriver {
             driver,
-            fences: fences.fences.clone(),
-            counter_bytes: fences.counter_bytes,
+            fences: fences.clone(),
             memory: vec![],
             graphs: vec![],
-            lists: None,
+            upload: (DeviceAddress(0), vec![]),
         }
     }
 
-    /// The rest of the allocation that an address lies in.
-    fn rest(&self, at: DeviceAddress) -> u64 {
-        let own = self.memory.iter().find(|range| range.contains(&at.0));
-        own.map_or(0, |range| range.end - at.0)
+    /// The allocation that an address lies in.
+    fn find(&self, at: u64) -> Option<&(Range<u64>, Option<Fence>)> {
+        self.memory.iter().find(|(range, _)| range.contains(&at))
+    }
+
+    /// Forbids what is not this launch's to touch.
+    fn fence(&mut self, launch: &BoundLaunch) {
+        let kinds: Vec<&str> = self.fences.fences.iter().map(|fence| fence.what).collect();
+        assert!(kinds.is_empty(), "nothing was allocated for {kinds:?}");
+        let pointers = launch.parameters.first().and_then(|bytes| pointers(bytes));
+        let pointers = pointers.expect("a kernel's first parameter is its step");
+        let lists = (self.upload.0.0 == pointers.counts).then_some(&self.upload.1);
+        let counts = lists.and_then(|bytes| counts(bytes));
+        let counts = counts.expect("a step begins with its lists");
+        self.fence_lists(&pointers, &counts);
+        let arguments = launch.parameters[1..].iter();
+        let addresses =
+            arguments.filter_map(|bytes| Some(u64::from_le_bytes(*bytes.first_chunk()?)));
+        let written = addresses.flat_map(|at| self.written(at, &pointers, &counts));
+        self.driver.hide(&written.collect::<Vec<_>>());
     }
 
     /// Forbids what a step's lists do not use of their room.
-    fn fence_lists(&mut self, launch: &BoundLaunch) {
-        let kinds: Vec<&str> = self.fences.iter().map(|fence| fence.what).collect();
-        assert!(kinds.is_empty(), "nothing was allocated for {kinds:?}");
-        let pointers = launch.parameters.first().and_then(|bytes| pointers(bytes));
-        let (Some(pointers), Some(lists)) = (pointers, self.lists) else {
-            return;
-        };
-        if pointers.counts != lists.at.0 {
-            return;
-        }
-        let StepCounts {
-            tokens,
-            sequences,
-            logit_rows,
-            tiles,
-            draws,
-        } = lists.counts;
+    fn fence_lists(&mut self, pointers: &StepPointers, counts: &StepCounts) {
         let used = [
             (pointers.counts, size_of::<StepCounts>(), 1),
-            (pointers.token_ids, 4, tokens),
-            (pointers.positions, 4, tokens),
-            (pointers.kv_slots, 4, tokens),
-            (pointers.logit_rows, 4, logit_rows),
-            (pointers.sequences, size_of::<StepSequence>(), sequences),
-            (pointers.tiles, size_of::<StepTile>(), tiles),
-            (pointers.draws, size_of::<StepDraw>(), draws),
+            (pointers.token_ids, 4, counts.tokens),
+            (pointers.positions, 4, counts.tokens),
+            (pointers.kv_slots, 4, counts.tokens),
+            (pointers.logit_rows, 4, counts.logit_rows),
+            (
+                pointers.sequences,
+                size_of::<StepSequence>(),
+                counts.sequences,
+            ),
+            (pointers.tiles, size_of::<StepTile>(), counts.tiles),
+            (pointers.draws, size_of::<StepDraw>(), counts.draws),
         ];
         let starts = used[1..].iter().map(|(start, ..)| *start);
         for ((start, size, count), next) in used.into_iter().zip(starts.chain([pointers.lists])) {
@@ -270,8 +273,47 @@ impl FencedDriver {
             self.driver.poison(DeviceAddress(end), next - end);
         }
         // Block tables and suppressed ids end where the copy did.
-        let end = lists.at.offset(lists.bytes);
-        self.driver.poison(end, self.rest(lists.at) - lists.bytes);
+        let end = self.upload.0.0 + self.upload.1.len() as u64;
+        let all = self.find(pointers.counts).map_or(end, |(all, _)| all.end);
+        self.driver.poison(DeviceAddress(end), all - end);
+    }
+
+    /// What kernels of the step write of the memory at a launch's argument.
+    fn written(
+        &self,
+        at: u64,
+        pointers: &StepPointers,
+        counts: &StepCounts,
+    ) -> Vec<(DeviceAddress, u64)> {
+        let Some((all, fence)) = self.find(at) else {
+            return vec![];
+        };
+        match fence {
+            Some(fence) if fence.what == WEIGHTS => vec![],
+            Some(fence) => {
+                let part = fence.parts.iter().find(|part| all.start + part.start == at);
+                let part = part.expect("an argument is the start of a part");
+                vec![(DeviceAddress(at), part.end - part.start)]
+            }
+            None if all.end - all.start == self.fences.counter_bytes => {
+                vec![(DeviceAddress(at), self.fences.counter_bytes)]
+            }
+            // A layer of the KV cache, of which a step writes some blocks.
+            None => {
+                let slots = (pointers.kv_slots - pointers.counts) as usize;
+                let slots = self.upload.1[slots..].as_chunks::<4>().0.iter();
+                let slots = slots.take(counts.tokens as usize);
+                let mut blocks: Vec<u64> = slots
+                    .map(|&slot| u64::from(u32::from_le_bytes(slot)) / BLOCK_TOKENS as u64)
+                    .collect();
+                blocks.dedup();
+                let place = |block| DeviceAddress(at + block * self.fences.block_bytes);
+                let blocks = blocks.into_iter();
+                blocks
+                    .map(|block| (place(block), self.fences.layer_bytes))
+                    .collect()
+            }
+        }
     }
 }
 
@@ -314,16 +356,20 @@ impl Driver for FencedDriver {
 
     fn allocate(&mut self, bytes: u64) -> Result<DeviceAddress, DriverError> {
         let address = self.driver.allocate(bytes)?;
-        self.memory.push(address.0..address.0 + bytes);
-        if bytes != self.counter_bytes {
+        if bytes != self.fences.counter_bytes {
             self.driver.upload(address, &vec![0xff; bytes as usize])?;
         }
-        if let Some(found) = self.fences.iter().position(|fence| fence.bytes == bytes) {
-            for gap in self.fences.remove(found).gaps {
-                let start = address.offset(gap.start);
-                self.driver.poison(start, gap.end - gap.start);
+        let fences = &mut self.fences.fences;
+        let found = fences.iter().position(|fence| fence.bytes == bytes);
+        let fence = found.map(|found| fences.remove(found));
+        if let Some(fence) = &fence {
+            let starts = fence.parts.iter().map(|part| part.start);
+            let ends = starts.skip(1).chain([bytes]);
+            for (part, end) in fence.parts.iter().zip(ends) {
+                self.driver.poison(address.offset(part.end), end - part.end);
             }
         }
+        self.memory.push((address.0..address.0 + bytes, fence));
         Ok(address)
     }
 
@@ -332,23 +378,21 @@ impl Driver for FencedDriver {
     }
 
     fn upload(&mut self, to: DeviceAddress, bytes: &[u8]) -> Result<(), DriverError> {
-        if let Some(lists) = self.lists.filter(|lists| lists.at == to) {
-            self.driver.unpoison(to, self.rest(lists.at));
+        // What the lists of the last step left of their room may be needed now.
+        if let Some((all, None)) = self.find(to.0) {
+            self.driver
+                .unpoison(DeviceAddress(all.start), all.end - all.start);
         }
         self.driver.upload(to, bytes)?;
         // A single token, chosen by the host, is no list.
-        if let Some(counts) = counts(bytes) {
-            self.lists = Some(Lists {
-                at: to,
-                bytes: bytes.len() as u64,
-                counts,
-            });
+        if counts(bytes).is_some() {
+            self.upload = (to, bytes.to_vec());
         }
         Ok(())
     }
 
     fn launch(&mut self, launch: &BoundLaunch) -> Result<(), DriverError> {
-        self.fence_lists(launch);
+        self.fence(launch);
         self.driver.launch(launch)
     }
 

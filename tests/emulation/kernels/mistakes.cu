@@ -90,3 +90,9 @@ KILN_KERNEL(32, 1) shift_by(uint32_t bits, uint32_t* out) {
     wait_for_previous();
     out[threadIdx.x] = threadIdx.x << bits;
 }
+
+// Half of the threads do not wait.
+KILN_KERNEL(32, 1) read_before_wait(const uint32_t* in, uint32_t* out) {
+    if (threadIdx.x < 16) wait_for_previous();
+    out[threadIdx.x] = in[threadIdx.x];
+}

@@ -123,7 +123,9 @@ KILN_DEVICE float exp2_fast(float x) {
     return y < 1.17549435e-38f ? 0.0f : y;
 }
 
-KILN_DEVICE void wait_for_previous() { emulation::waited_for_previous = true; }
+KILN_DEVICE void wait_for_previous(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    emulation::wait_for_previous(file, line);
+}
 
 KILN_DEVICE void start_next() {}
 

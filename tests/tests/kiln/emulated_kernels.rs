@@ -261,8 +261,9 @@ fn a_crowd_gets_what_the_cpu_gives() {
 fn run_fenced(compiled: &Compiled) {
     let fences = fence(&compiled.path, TARGET);
     let mut device = compiled.emulated(1, Some(&fences));
+    let mut reference = compiled.cpu();
     let outcomes = accuracy(
-        &mut compiled.cpu(),
+        &mut reference,
         device.as_mut(),
         &compiled.bundle(),
         DType::F16,
@@ -270,23 +271,43 @@ fn run_fenced(compiled: &Compiled) {
     all_pass(&outcomes.unwrap()).unwrap();
 }
 
-fn keeps_to_its_own(test: &str, subject: fn() -> Subject) {
-    let Some(output) = rerun_sanitized(&format!("emulated_kernels::{test}")) else {
-        run_fenced(&Compiled::new(&subject()));
-        return;
-    };
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
+fn keep_to_their_own_memory(test: &str, subjects: impl FnOnce() -> Vec<Subject>) {
+    match rerun_sanitized(&format!("emulated_kernels::{test}")) {
+        Some(output) => {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{stderr}");
+        }
+        None => subjects()
+            .iter()
+            .for_each(|subject| run_fenced(&Compiled::new(subject))),
+    }
 }
 
 #[test]
 fn norms_before_keep_to_their_own_memory() {
-    keeps_to_its_own("norms_before_keep_to_their_own_memory", norms_before);
+    keep_to_their_own_memory("norms_before_keep_to_their_own_memory", || {
+        vec![norms_before()]
+    });
 }
 
 #[test]
 fn norms_behind_keep_to_their_own_memory() {
-    keeps_to_its_own("norms_behind_keep_to_their_own_memory", norms_behind);
+    keep_to_their_own_memory("norms_behind_keep_to_their_own_memory", || {
+        vec![norms_behind()]
+    });
+}
+
+#[test]
+#[ignore = "takes two minutes"]
+fn all_subjects_keep_to_their_own_memory() {
+    keep_to_their_own_memory("all_subjects_keep_to_their_own_memory", || {
+        let max_batch = norms_before().max_batch;
+        let own = |subject| Subject {
+            max_batch,
+            ..subject
+        };
+        subjects().into_iter().map(own).collect()
+    });
 }
 
 /// What shows that a bundle's kernels have a mistake, in one of a few orders.
@@ -369,13 +390,19 @@ sanitized_mistakes! {
         "row = wanted;\n        rows_exist[j] = true;", "use-after-poison";
     sums_of_no_row: "linear_48x48_r8_bias_residual_f32_f16.cu",
         "if (row >= ROWS || row >= rows) continue;" => "", "out of bounds";
+    keys_read_before_they_are_written: "attention_decode_h3_d16_f16.cu",
+        " && b != written" => "", "use-after-poison";
+    warps_that_do_not_wait: "linear_48x48_r8_bias_residual_f32_f16.cu",
+        "const uint32_t rows = load_fresh(&step.counts->tokens);\n\n    wait_for_previous();" =>
+        "auto rows = load_fresh(&step.counts->tokens);\n    if (!warp) wait_for_previous();",
+        "use-after-poison";
     attention_of_no_row: "attention_prefill_h3_d16_f16.cu",
         "if (row >= end) continue;" => "", "use-after-poison";
 }
 
-/// Takes away each barrier of the kernels in turn, which takes two minutes.
+/// Takes away each barrier of the kernels in turn; the mistakes above are a choice of these.
 #[test]
-#[ignore = "long; the mistakes above are a choice of these"]
+#[ignore = "takes two minutes"]
 fn every_barrier_is_needed() {
     let files = [
         "linear_norm_48x144_r8_bias_qkv_f16.cu",

@@ -528,6 +528,13 @@ sanitized! {
             driver.unpoison(arena.offset(128), 64);
             vec![address(arena), place(64 - 5), address(memory(driver, &[0; 32]))]
         };
+    reads_before_the_wait_are_found: "read_before_wait",
+        ["use-after-poison", "READ of size 4", "mistakes.cu", "thread 16"],
+        |driver| {
+            let input = memory(driver, &[0; 32]);
+            driver.hide(&[(input, 128)]);
+            vec![address(input), address(memory(driver, &[0; 32]))]
+        };
     shifts_too_far_are_found: "shift_by",
         ["runtime error: shift exponent 32 is too large", "mistakes.cu", "thread 0"],
         |driver| vec![32u32.to_le_bytes().to_vec(), address(memory(driver, &[0; 32]))];
