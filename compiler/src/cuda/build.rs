@@ -1,6 +1,6 @@
 //! All kernels of a model: sources in, cubins out.
 
-use super::{Cache, Compiled, Key, Nvrtc, NvrtcError, Resources, Source};
+use super::{Cache, Compiled, Kernel, Key, Nvrtc, NvrtcError, Resources, Source};
 use crate::Progress;
 use rayon::prelude::*;
 use std::{
@@ -15,6 +15,15 @@ pub struct EmittedKernel {
     pub entry: String,
     /// CUDA C++.
     pub source: String,
+}
+
+impl From<&Kernel> for EmittedKernel {
+    fn from(kernel: &Kernel) -> EmittedKernel {
+        EmittedKernel {
+            entry: kernel.entry.clone(),
+            source: kernel.source.clone(),
+        }
+    }
 }
 
 /// A kernel as machine code for one target.
@@ -55,31 +64,10 @@ pub enum BuildError {
     Cancelled,
 }
 
-/// Builds each kernel for each target, with the NVRTC and the cache of this machine.
+/// Builds each kernel for each target.
 ///
 /// Results are in the order of `archs`, and of `kernels` within each. Equal sources are compiled
 /// once. Progress is told in bytes of source.
-///
-/// # Errors
-/// Any of [`BuildError`]; of several that of the first result.
-pub fn build(
-    kernels: &[EmittedKernel],
-    headers: &[(&str, &str)],
-    archs: &[&str],
-    progress: &dyn Progress,
-) -> Result<Vec<BuiltKernel>, BuildError> {
-    let nvrtc = Nvrtc::find()?;
-    build_with(
-        &nvrtc,
-        &Cache::from_env(),
-        kernels,
-        headers,
-        archs,
-        progress,
-    )
-}
-
-/// [`build`] with a given NVRTC and cache.
 ///
 /// # Errors
 /// Any of [`BuildError`]; of several that of the first result.

@@ -86,13 +86,7 @@ fn build_cubins<'a>(
     toolchain: &Nvrtc,
     progress: &dyn Progress,
 ) -> Result<BTreeMap<(CudaTarget, &'a str), String>, CompileError> {
-    let emitted: Vec<EmittedKernel> = kernels
-        .iter()
-        .map(|kernel| EmittedKernel {
-            entry: kernel.entry.clone(),
-            source: kernel.source.clone(),
-        })
-        .collect();
+    let emitted: Vec<EmittedKernel> = kernels.iter().map(EmittedKernel::from).collect();
     let names: Vec<&str> = targets.iter().map(|target| target.name()).collect();
     let cache = Cache::from_env();
     let built = build_with(toolchain, &cache, &emitted, &HEADERS, &names, progress)?;

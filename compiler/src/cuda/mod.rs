@@ -16,7 +16,7 @@ mod nvrtc;
 mod resources;
 mod target;
 
-pub use build::{BuildError, BuiltKernel, EmittedKernel, build, build_with};
+pub use build::{BuildError, BuiltKernel, EmittedKernel, build_with};
 pub use cache::{Cache, Key};
 pub use emit::HEADERS;
 pub use images::{build_images, lower_all};

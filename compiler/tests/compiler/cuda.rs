@@ -250,13 +250,7 @@ fn register_budget(threads: u32, blocks: u32) -> u32 {
 
 /// Compiles kernels and holds reports and machine code against what they are meant to be.
 fn check_machine_code(kernels: &[Kernel], targets: &[CudaTarget]) {
-    let emitted: Vec<EmittedKernel> = kernels
-        .iter()
-        .map(|kernel| EmittedKernel {
-            entry: kernel.entry.clone(),
-            source: kernel.source.clone(),
-        })
-        .collect();
+    let emitted: Vec<EmittedKernel> = kernels.iter().map(EmittedKernel::from).collect();
     let names: Vec<&str> = targets.iter().map(|target| target.name()).collect();
     let built = build_with(
         &Nvrtc::open(&nvrtc_folder()).unwrap(),
