@@ -2,15 +2,19 @@
 //!
 //! [`Engine::step`] is the loop's body: plan steps and submit them until the device has as many in
 //! flight as it takes, then collect the oldest. What a token means for its request (does it end it,
-//! what text does it add) is decided here; what runs when, in the scheduler.
+//! what text does it add, which beams come next) is decided here; what runs when, in the scheduler.
 
+use crate::active::{Active, Run, StepRows};
+use crate::beams::BeamRows;
+use crate::choices::derive_seed;
+use crate::completion::{Completion, TokenEvent};
 use crate::device::{
-    self, Device, DeviceError, DeviceFacts, LoadOptions, Observe, Step, StepId, StepOutput,
+    self, Device, DeviceError, DeviceFacts, LoadOptions, Step, StepId, StepOutput,
 };
 use crate::request::{Request, RequestError, Room};
-use crate::sampling::{Logprobs, Rules, Suppression, TokenLogprob};
-use crate::scheduler::{NewSequence, Plan, Planned, Scheduler, SequenceId};
-use crate::tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};
+use crate::sampling::{Continuation, Rules, Sampler, Suppression, Taken, TokenLogprob};
+use crate::scheduler::{NewSequence, Pick, Plan, Planned, Scheduler, SequenceId};
+use crate::tokenizer::{Tokenizer, TokenizerError};
 use kiln_bundle::{Bundle, Executable, Manifest, ModelInfo, Phase};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -24,7 +28,7 @@ pub struct RequestId(pub u64);
 /// What happened to a request.
 #[derive(Debug)]
 pub enum Event {
-    /// It has a new token.
+    /// It has a new token. A search over beams has none before its end.
     Token(TokenEvent),
     /// It is done.
     Finished(Box<Completion>),
@@ -37,71 +41,6 @@ pub enum Event {
     },
 }
 
-/// A new token.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenEvent {
-    /// Of this request.
-    pub request: RequestId,
-    /// The token.
-    pub id: u32,
-    /// Text that is certain now: the token's, or that of earlier ones, or none.
-    pub text: String,
-}
-
-/// Why a sequence ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinishReason {
-    /// An end-of-sequence token, a stop token or a stop string.
-    Stop,
-    /// It has as many tokens as were asked for.
-    Length,
-    /// [`Engine::cancel`].
-    Cancelled,
-}
-
-impl FinishReason {
-    /// As results spell it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-            FinishReason::Cancelled => "cancelled",
-        }
-    }
-}
-
-/// A request's result.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// The request.
-    pub request: RequestId,
-    /// Its prompt.
-    pub prompt_ids: Vec<u32>,
-    /// New tokens, the one that ended it included.
-    pub ids: Vec<u32>,
-    /// Their text, without special tokens and up to a stop string; empty without a tokenizer.
-    pub text: String,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// Of its tokens, where asked for.
-    pub logprobs: Option<Logprobs>,
-    /// (P + new tokens, V), where observed.
-    pub logits: Vec<f32>,
-    /// (L+1, P + new tokens, C), where observed.
-    pub hidden_states: Vec<f32>,
-    /// How long it took.
-    pub timing: Timing,
-}
-
-/// How long a request took, from its first step on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Timing {
-    /// Until its first token.
-    pub prefill: Duration,
-    /// From then to its end.
-    pub decode: Duration,
-}
-
 /// Steps done since the engine was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -109,6 +48,8 @@ pub struct Stats {
     pub prefill: PhaseStats,
     /// Decode steps.
     pub decode: PhaseStats,
+    /// Most blocks of the KV cache that were held at a time.
+    pub most_kv_blocks: usize,
 }
 
 /// Steps of one phase.
@@ -157,9 +98,11 @@ pub struct Engine {
     max_seq_len: usize,
     tokenizer: Option<Tokenizer>,
     scheduler: Scheduler,
-    active: HashMap<SequenceId, Active>,
+    active: HashMap<RequestId, Active>,
     in_flight: VecDeque<InFlight>,
     step: Step,
+    /// For what is chosen from rows that the host sees.
+    sampler: Sampler,
     next_id: u64,
     seeds: RandomState,
     stats: Stats,
@@ -170,26 +113,6 @@ struct InFlight {
     id: StepId,
     plan: Plan,
     submitted: Instant,
-}
-
-/// A request that is not done.
-struct Active {
-    request: Request,
-    prompt_ids: Vec<u32>,
-    max_new_tokens: usize,
-    ids: Vec<u32>,
-    text: String,
-    stream: TextStream,
-    /// Set when its last token is known; it may still be waiting for rows to observe.
-    finish_reason: Option<FinishReason>,
-    logprobs: Option<Logprobs>,
-    logits: Vec<f32>,
-    /// By layer.
-    hidden_states: Vec<Vec<f32>>,
-    /// Positions whose rows are here.
-    observed: usize,
-    started: Option<Instant>,
-    first_token: Option<Instant>,
 }
 
 impl Engine {
@@ -237,6 +160,7 @@ impl Engine {
             active: HashMap::new(),
             in_flight: VecDeque::new(),
             step: Step::default(),
+            sampler: Sampler::default(),
             next_id: 0,
             seeds: RandomState::new(),
             stats: Stats::default(),
@@ -266,7 +190,10 @@ impl Engine {
 
     /// Steps done so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats {
+            most_kv_blocks: self.scheduler.most_blocks_used(),
+            ..self.stats
+        }
     }
 
     /// Queues a request.
@@ -277,53 +204,55 @@ impl Engine {
         let (prompt_ids, max_new_tokens) = request.resolve(&Room {
             model: &self.model,
             max_seq_len: self.max_seq_len,
-            cache_tokens: self.scheduler.cache_tokens(),
+            kv_blocks: self.scheduler.cache_blocks(),
+            slots: self.scheduler.slots(),
             tokenizer: self.tokenizer.as_ref(),
         })?;
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        let seed = request
-            .sampling
-            .seed
-            .unwrap_or_else(|| self.seeds.hash_one(id.0));
+        let seed = request.sampling.seed;
+        let seed = seed.unwrap_or_else(|| self.seeds.hash_one(id.0));
         let ends = request.ends(&self.model);
         let prompt_len = prompt_ids.len();
         let min_new_tokens = request.min_new_tokens(prompt_len);
         let processors = &request.processors;
-        self.scheduler.add(
-            SequenceId(id.0),
-            NewSequence {
-                prompt_ids: prompt_ids.clone(),
-                max_new_tokens: max_new_tokens as usize,
-                params: request.sampling.with_seed(seed),
-                suppression: Suppression::new(processors, prompt_len, &ends, min_new_tokens),
-                rules: Arc::new(Rules {
-                    processors: processors.clone(),
-                    prompt_len,
-                    max_new_tokens,
-                    ends,
-                }),
-                observe: request.observe,
-                see_draws: request.logprobs.is_some(),
-                see_prompt: request.scores_prompt(),
-            },
-        );
-        let active = Active {
-            prompt_ids,
-            max_new_tokens: max_new_tokens as usize,
-            ids: Vec::new(),
-            text: String::new(),
-            stream: TextStream::new(request.stop.clone()),
-            finish_reason: (max_new_tokens == 0).then_some(FinishReason::Length),
-            logprobs: request.logprobs.map(|_| Logprobs::default()),
-            logits: Vec::new(),
-            hidden_states: vec![Vec::new(); self.model.layers as usize + 1],
-            observed: 0,
-            started: None,
-            first_token: None,
-            request,
+        let rules = Rules {
+            processors: processors.clone(),
+            prompt_len,
+            max_new_tokens,
+            ends: ends.clone(),
         };
-        self.active.insert(SequenceId(id.0), active);
+        let suppression = Suppression::new(processors, prompt_len, &ends, min_new_tokens);
+        let layers = self.model.layers as usize;
+        let new_tokens = max_new_tokens as usize;
+        let active = Active::new(request, prompt_ids, new_tokens, ends, layers);
+        let request = &active.request;
+        let first = NewSequence {
+            prompt_ids: active.prompt_ids.clone(),
+            max_new_tokens: new_tokens,
+            params: request.sampling.with_seed(seed),
+            suppression,
+            rules: Arc::new(rules),
+            pick: active.pick(),
+            after: None,
+            observe: request.observe(),
+            see_draws: request.top_logprobs().is_some() || request.outputs.scores,
+            see_prompt: request.scores_prompt(),
+        };
+        let sequence = |index| SequenceId {
+            request: id.0,
+            index,
+        };
+        for index in 0..active.sequences() {
+            let other = NewSequence {
+                params: request.sampling.with_seed(derive_seed(seed, index)),
+                after: (index > 0).then_some(sequence(0)),
+                see_prompt: first.see_prompt && index == 0,
+                ..first.clone()
+            };
+            self.scheduler.add(sequence(index), other);
+        }
+        self.active.insert(id, active);
         Ok(id)
     }
 
@@ -334,13 +263,22 @@ impl Engine {
 
     /// Ends a request. Returns what it has so far; none when it is done or unknown.
     pub fn cancel(&mut self, request: RequestId) -> Option<Completion> {
-        let id = SequenceId(request.0);
-        self.scheduler.remove(id);
-        let mut active = self.active.remove(&id)?;
-        if let Some(tokenizer) = &self.tokenizer {
-            active.text += &active.stream.finish(tokenizer).unwrap_or_default().text;
+        let active = self.remove(request)?;
+        active
+            .into_completion(request, self.tokenizer.as_ref())
+            .ok()
+    }
+
+    /// Takes a request and its sequences out.
+    fn remove(&mut self, request: RequestId) -> Option<Active> {
+        let active = self.active.remove(&request)?;
+        for index in 0..active.sequences() {
+            self.scheduler.remove(SequenceId {
+                request: request.0,
+                index,
+            });
         }
-        Some(active.into_completion(request, FinishReason::Cancelled))
+        Some(active)
     }
 
     /// Keeps the device busy and takes in its oldest step. Returns what that changed, which may be
@@ -355,8 +293,9 @@ impl Engine {
             };
             let submitted = Instant::now();
             for planned in &plan.sequences {
-                if let Some(active) = self.active.get_mut(&planned.id) {
+                if let Some(active) = self.active.get_mut(&planned.request()) {
                     active.started.get_or_insert(submitted);
+                    active.cached_tokens.get_or_insert(planned.start);
                 }
             }
             let id = self.device.submit(&self.step)?;
@@ -377,15 +316,8 @@ impl Engine {
         };
         let output = self.device.collect(id)?;
         self.count(&plan, submitted);
-        self.observe(&plan, &output);
-        self.score(&plan, &output);
-        for (id, token) in self.scheduler.collect(&plan, &output.tokens) {
-            match token {
-                Some(token) => self.take_token(id, token, &mut events)?,
-                None => self.fail(id, &mut events),
-            }
-        }
-        self.finish(&plan, &mut events);
+        self.take(&plan, &output, &mut events)?;
+        self.finish(&plan, &mut events)?;
         Ok(events)
     }
 
@@ -408,238 +340,255 @@ impl Engine {
         self.last_collected = Some(now);
     }
 
-    /// Hands the step's rows to the requests that observe.
-    fn observe(&mut self, plan: &Plan, output: &StepOutput) {
-        let tokens: usize = plan.sequences.iter().map(|planned| planned.len).sum();
-        let (vocab_size, hidden_size) = (
-            self.model.vocab_size as usize,
-            self.model.hidden_size as usize,
-        );
-        let (mut first_token, mut first_row) = (0, 0);
-        for planned in &plan.sequences {
-            let rows = planned.logit_rows.count(planned.len);
-            if let Some(active) = self.active.get_mut(&planned.id)
-                && let Some(fresh) = active.fresh_positions(planned)
-            {
-                let Observe {
-                    logits,
-                    hidden_states,
-                } = active.request.observe;
-                if logits {
-                    let range = first_row + fresh.start..first_row + fresh.end;
-                    let rows = output
-                        .logits
-                        .get(range.start * vocab_size..range.end * vocab_size);
-                    active.logits.extend_from_slice(rows.unwrap_or_default());
-                }
-                if hidden_states {
-                    let layers = output
-                        .hidden_states
-                        .chunks_exact((tokens * hidden_size).max(1));
-                    for (kept, layer) in active.hidden_states.iter_mut().zip(layers) {
-                        let range = first_token + fresh.start..first_token + fresh.end;
-                        kept.extend_from_slice(
-                            &layer[range.start * hidden_size..range.end * hidden_size],
-                        );
-                    }
-                }
-                active.observed += fresh.len();
-            }
-            first_token += planned.len;
-            first_row += rows;
-        }
-    }
-
-    /// Notes the log-probabilities of a step's tokens: those chosen, and those of prompts.
-    fn score(&mut self, plan: &Plan, output: &StepOutput) {
-        let vocab_size = self.model.vocab_size as usize;
-        let row = |index: usize| {
-            output
-                .logits
-                .get(index * vocab_size..(index + 1) * vocab_size)
-        };
-        let (mut end, mut tokens) = (0, output.tokens.iter());
-        for planned in &plan.sequences {
-            let rows = planned.logit_rows.count(planned.len);
-            let first = end;
-            end += rows;
-            let chosen = match planned.draws {
-                true => tokens.next().copied().flatten(),
-                false => None,
-            };
-            let Some(active) = self.active.get_mut(&planned.id) else {
+    /// Hands a step's rows, tokens and continuations to its requests.
+    fn take(
+        &mut self,
+        plan: &Plan,
+        output: &StepOutput,
+        events: &mut Vec<Event>,
+    ) -> Result<(), EngineError> {
+        let mut parts = Parts::new(plan, output, &self.model);
+        let layers = self.model.layers as usize;
+        for sequence in plan.sequences.chunk_by(|a, b| a.id == b.id) {
+            let parts = parts.take(sequence);
+            let Some((first, part)) = sequence.first().zip(parts.first()) else {
                 continue;
             };
-            let (Some(logprobs), Some(top)) = (&mut active.logprobs, active.request.logprobs)
-            else {
+            let Some(active) = self.active.get_mut(&first.request()) else {
                 continue;
             };
-            let top = top as usize;
-            if active.request.scores_prompt() {
-                // The row after position p is that of the token at p + 1. A preempted sequence is fed
-                // again: each position counts once.
-                let start = planned.start + planned.len - rows;
-                for (index, position) in (first..end).zip(start + 1..) {
-                    let next = active.prompt_ids.get(position);
-                    if position == logprobs.prompt.len() + 1
-                        && let (Some(&id), Some(row)) = (next, row(index))
-                    {
-                        logprobs.prompt.push(TokenLogprob::new(row, id, top));
-                    }
-                }
-            }
-            // A token that comes after the last is dropped.
-            if active.finish_reason.is_none()
-                && let Some(id) = chosen
-                && let Some(row) = end.checked_sub(1).and_then(row)
-            {
-                logprobs.generated.push(TokenLogprob::new(row, id, top));
+            active.observe(first, &part.rows, layers);
+            active.score_prompt(first, &part.rows);
+            match first.picks {
+                None => {}
+                Some(Pick::Token) => self.take_token(first.id, part, events)?,
+                Some(_) => self.take_beams(first.id, &parts, events),
             }
         }
+        Ok(())
     }
 
     fn take_token(
         &mut self,
         id: SequenceId,
-        token: u32,
+        part: &Part<'_>,
         events: &mut Vec<Event>,
     ) -> Result<(), EngineError> {
-        let Some(active) = self.active.get_mut(&id) else {
+        let request = RequestId(id.request);
+        let Some(active) = self.active.get_mut(&request) else {
             return Ok(());
         };
-        active.ids.push(token);
-        active.first_token.get_or_insert_with(Instant::now);
-        let request = &active.request;
-        let ends = request.stop_token_ids.contains(&token)
-            || !request.ignore_eos && self.model.eos_token_ids.contains(&token);
-        if ends {
-            active.finish_reason = Some(FinishReason::Stop);
-        } else if active.ids.len() >= active.max_new_tokens {
-            active.finish_reason = Some(FinishReason::Length);
+        let row = part.rows.last_logits();
+        if active.request.outputs.scores
+            && !active.is_over(id.index)
+            && let (Some(row), Some(draw)) = (row, self.scheduler.draw(id, 0))
+        {
+            active.keep_scores(self.sampler.scores(row, &draw));
         }
-        let mut text = String::new();
-        if let Some(tokenizer) = &self.tokenizer {
-            let TextDelta {
-                text: fresh,
-                mut stopped,
-            } = active.stream.push(tokenizer, token)?;
-            text = fresh;
-            if active.finish_reason.is_some() && !stopped {
-                let rest = active.stream.finish(tokenizer)?;
-                text += &rest.text;
-                stopped = rest.stopped;
-            }
-            if stopped {
-                active.finish_reason = Some(FinishReason::Stop);
-            }
+        if !self.scheduler.take(id, part.token) {
+            return Ok(());
         }
-        active.text += &text;
-        if active.finish_reason.is_some() {
+        let Some(token) = part.token else {
+            self.fail(request, part.position, events);
+            return Ok(());
+        };
+        let text = active.take_token(id.index, token, row, self.tokenizer.as_ref())?;
+        if active.is_over(id.index) {
             self.scheduler.stop(id);
         }
         events.push(Event::Token(TokenEvent {
-            request: RequestId(id.0),
+            request,
+            choice: id.index,
             id: token,
             text,
         }));
         Ok(())
     }
 
-    fn fail(&mut self, id: SequenceId, events: &mut Vec<Event>) {
-        self.scheduler.remove(id);
-        let Some(active) = self.active.remove(&id) else {
+    fn take_beams(&mut self, id: SequenceId, parts: &[Part<'_>], events: &mut Vec<Event>) {
+        let request = RequestId(id.request);
+        let Some(active) = self.active.get_mut(&request) else {
             return;
         };
-        let position = active.prompt_ids.len() + active.ids.len() - 1;
-        let error = EngineError::NotFinite { position };
-        events.push(Event::Failed {
-            request: RequestId(id.0),
-            error,
-        });
+        active.has_token();
+        let mut rows = HostRows {
+            id,
+            parts,
+            scheduler: &self.scheduler,
+            sampler: &mut self.sampler,
+            top: active.request.logprobs,
+            failed_at: None,
+        };
+        let Run::Beams(search) = &mut active.run else {
+            return;
+        };
+        let next = search.advance(&mut rows);
+        if let Some(position) = rows.failed_at {
+            self.fail(request, position, events);
+        } else if let Some(next) = next {
+            self.scheduler.branch(id, &next);
+        } else {
+            self.scheduler.remove(id);
+        }
+    }
+
+    fn fail(&mut self, request: RequestId, position: usize, events: &mut Vec<Event>) {
+        if self.remove(request).is_some() {
+            let error = EngineError::NotFinite { position };
+            events.push(Event::Failed { request, error });
+        }
     }
 
     /// Ends the requests of a step that have all they need.
-    fn finish(&mut self, plan: &Plan, events: &mut Vec<Event>) {
+    fn finish(&mut self, plan: &Plan, events: &mut Vec<Event>) -> Result<(), EngineError> {
         for planned in &plan.sequences {
-            let Some(active) = self.active.get(&planned.id) else {
+            let request = planned.request();
+            let Some(active) = self.active.get_mut(&request) else {
                 continue;
             };
-            let Some(reason) = active.finish_reason else {
-                continue;
-            };
-            if active.request.observe != Observe::default() && active.observed < active.len() {
-                continue;
-            }
-            if active.lacks_prompt_logprobs() {
+            if !active.is_over(planned.id.index) || active.lacks_rows(planned.id.index) {
                 continue;
             }
             self.scheduler.remove(planned.id);
-            if let Some(active) = self.active.remove(&planned.id) {
-                let completion = active.into_completion(RequestId(planned.id.0), reason);
+            if active.close(planned.id.index)
+                && let Some(active) = self.remove(request)
+            {
+                let completion = active.into_completion(request, self.tokenizer.as_ref())?;
                 events.push(Event::Finished(Box::new(completion)));
             }
         }
+        Ok(())
     }
 }
 
-impl Completion {
-    /// The log-probability of all generated tokens, where log-probabilities were asked for.
-    pub fn score(&self) -> Option<f32> {
-        self.logprobs.as_ref().map(Logprobs::score)
+impl Planned {
+    fn request(&self) -> RequestId {
+        RequestId(self.id.request)
     }
 }
 
-impl Active {
-    /// Tokens of prompt and generation.
-    fn len(&self) -> usize {
-        self.prompt_ids.len() + self.ids.len()
-    }
+/// A step's output, cut into the parts of its branches.
+struct Parts<'a> {
+    output: &'a StepOutput,
+    vocab_size: usize,
+    hidden_size: usize,
+    /// T.
+    tokens: usize,
+    next_token_row: usize,
+    next_logit_row: usize,
+    next_token: usize,
+    next_continuations: usize,
+}
 
-    fn lacks_prompt_logprobs(&self) -> bool {
-        let wanted = self.request.scores_prompt();
-        let logprobs = self.logprobs.as_ref().filter(|_| wanted);
-        logprobs.is_some_and(|logprobs| logprobs.prompt.len() + 1 < self.prompt_ids.len())
-    }
+/// What a step computed for a branch.
+struct Part<'a> {
+    rows: StepRows<'a>,
+    /// Position of its last token.
+    position: usize,
+    token: Option<u32>,
+    continuations: &'a [Continuation],
+}
 
-    /// Which of the tokens that a step fed have positions not observed before: a part of
-    /// `0..planned.len`. A preempted sequence is fed again, and one step too many may have been
-    /// submitted before the last token was known.
-    fn fresh_positions(&self, planned: &Planned) -> Option<std::ops::Range<usize>> {
-        if self.request.observe == Observe::default() {
-            return None;
+impl<'a> Parts<'a> {
+    fn new(plan: &Plan, output: &'a StepOutput, model: &ModelInfo) -> Parts<'a> {
+        Parts {
+            output,
+            vocab_size: model.vocab_size as usize,
+            hidden_size: model.hidden_size as usize,
+            tokens: plan.sequences.iter().map(|planned| planned.len).sum(),
+            next_token_row: 0,
+            next_logit_row: 0,
+            next_token: 0,
+            next_continuations: 0,
         }
-        let start = self.observed.checked_sub(planned.start)?;
-        let end = planned.len.min(self.len().saturating_sub(planned.start));
-        (start < end).then_some(start..end)
     }
 
-    fn into_completion(self, request: RequestId, finish_reason: FinishReason) -> Completion {
-        let now = Instant::now();
-        let started = self.started.unwrap_or(now);
-        let first_token = self.first_token.unwrap_or(now);
-        Completion {
-            request,
-            prompt_ids: self.prompt_ids,
-            ids: self.ids,
-            text: self.text,
-            finish_reason,
-            logprobs: self.logprobs,
-            logits: self.logits,
-            hidden_states: self.hidden_states.concat(),
-            timing: Timing {
-                prefill: first_token - started,
-                decode: now - first_token,
+    /// Those of the next branches.
+    fn take(&mut self, branches: &[Planned]) -> Vec<Part<'a>> {
+        branches.iter().map(|planned| self.next(planned)).collect()
+    }
+
+    fn next(&mut self, planned: &Planned) -> Part<'a> {
+        let token_rows = self.next_token_row..self.next_token_row + planned.len;
+        let logit_rows = planned.logit_rows.count(planned.len);
+        let logit_rows = self.next_logit_row..self.next_logit_row + logit_rows;
+        self.next_token_row = token_rows.end;
+        self.next_logit_row = logit_rows.end;
+        let mut part = Part {
+            rows: StepRows {
+                vocab_size: self.vocab_size,
+                logits: &self.output.logits,
+                logit_rows,
+                hidden_size: self.hidden_size,
+                hidden_states: &self.output.hidden_states,
+                tokens: self.tokens,
+                token_rows,
             },
+            position: (planned.start + planned.len).saturating_sub(1),
+            token: None,
+            continuations: &[],
+        };
+        match planned.picks {
+            Some(Pick::Token) => {
+                part.token = self.output.tokens.get(self.next_token).copied().flatten();
+                self.next_token += 1;
+            }
+            Some(Pick::Continuations { .. }) => {
+                let all = &self.output.continuations;
+                part.continuations = all.get(self.next_continuations).map_or(&[], Vec::as_slice);
+                self.next_continuations += 1;
+            }
+            Some(Pick::Rows { .. }) | None => {}
         }
+        part
+    }
+}
+
+/// The rows of a search's branches, from which the device has chosen continuations or the host does.
+struct HostRows<'a> {
+    id: SequenceId,
+    parts: &'a [Part<'a>],
+    scheduler: &'a Scheduler,
+    sampler: &'a mut Sampler,
+    /// Likeliest tokens noted with each; none where no log-probabilities are.
+    top: Option<u32>,
+    /// Position after which a row held no numbers.
+    failed_at: Option<usize>,
+}
+
+impl BeamRows for HostRows<'_> {
+    fn continuations(&mut self, branch: usize, taken: &Taken<'_>) -> Vec<Continuation> {
+        let Some(part) = self.parts.get(branch) else {
+            return Vec::new();
+        };
+        let mut continuations = part.continuations.to_vec();
+        if let Some(draw) = self.scheduler.draw(self.id, branch)
+            && let (true, Some(beam), Some(row)) =
+                (continuations.is_empty(), draw.beam, part.rows.last_logits())
+        {
+            continuations = self.sampler.continuations(row, &draw, &beam, taken);
+        }
+        if continuations.is_empty() {
+            self.failed_at = Some(part.position);
+        }
+        continuations
+    }
+
+    fn logprob(&mut self, branch: usize, id: u32) -> Option<TokenLogprob> {
+        let row = self.parts.get(branch)?.rows.last_logits()?;
+        Some(TokenLogprob::new(row, id, self.top? as usize))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::beams::{BeamParams, EarlyStopping};
+    use crate::choices::Choices;
+    use crate::completion::{Choice, FinishReason};
     use crate::kv::blocks_for;
-    use crate::request::Prompt;
-    use crate::sampling::{Draw, Processors, Sampler, SamplingParams};
+    use crate::request::{Embedding, Layers, Pooling, Prompt};
+    use crate::sampling::{Draw, Processors, SamplingParams};
     use crate::testing::{EOS, FakeDevice, HIDDEN, LAYERS, VOCAB, manifest};
     use crate::tokenizer::tests::byte_tokenizer;
 
@@ -669,6 +618,11 @@ mod tests {
         panic!("the engine does not come to an end");
     }
 
+    fn only(completion: &Completion) -> &Choice {
+        assert_eq!(completion.choices.len(), 1);
+        &completion.choices[0]
+    }
+
     /// Requests of many lengths, some greedy and some not.
     fn requests() -> Vec<Request> {
         let lengths = [1, 40, 7, 21, 3, 60, 16, 17, 33, 2];
@@ -690,10 +644,10 @@ mod tests {
             }
             request.logprobs = [None, Some(0), Some(3)][i as usize % 3];
             request.echo = i % 2 == 1;
-            request.observe = Observe {
-                logits: i % 5 == 1,
-                hidden_states: i % 5 < 2,
-            };
+            request.outputs.logits = i % 5 == 1;
+            if i % 5 < 2 {
+                request.outputs.hidden_states = Layers::All;
+            }
             match i % 4 {
                 1 => request.processors.repetition_penalty = 1.5,
                 2 => {
@@ -747,6 +701,7 @@ mod tests {
                 suppressed_ids: &suppressed,
                 rules: Some(&rules),
                 history: &history,
+                beam: None,
             };
             let token = Sampler::default()
                 .sample(&FakeDevice::logits(&history), &draw)
@@ -761,40 +716,44 @@ mod tests {
 
     /// The log-probabilities that a request must report, by the model alone.
     fn check_logprobs(request: &Request, completion: &Completion) {
+        let choice = only(completion);
         let Some(top) = request.logprobs else {
-            assert_eq!(completion.logprobs, None);
+            assert_eq!(choice.logprobs, None);
             return;
         };
-        let all = [completion.prompt_ids.as_slice(), &completion.ids].concat();
+        let all = [completion.prompt_ids.as_slice(), &choice.ids].concat();
         let expect = |positions: std::ops::Range<usize>| -> Vec<TokenLogprob> {
             positions
                 .map(|p| TokenLogprob::new(&FakeDevice::logits(&all[..p]), all[p], top as usize))
                 .collect()
         };
         let prompt_len = completion.prompt_ids.len();
-        let logprobs = completion.logprobs.as_ref().unwrap();
-        assert_eq!(logprobs.generated, expect(prompt_len..all.len()));
+        let generated = choice.logprobs.as_ref().unwrap();
+        assert_eq!(*generated, expect(prompt_len..all.len()));
+        let sum: f32 = generated.iter().map(|token| token.logprob).sum();
+        assert!((choice.score.unwrap() - sum).abs() < 1e-3);
         let prompt = if request.echo { 1..prompt_len } else { 0..0 };
-        assert_eq!(logprobs.prompt, expect(prompt));
+        assert_eq!(completion.prompt_logprobs, expect(prompt));
     }
 
     fn check_rows(request: &Request, completion: &Completion) {
-        let all = [completion.prompt_ids.as_slice(), &completion.ids].concat();
-        if request.observe.logits {
+        let choice = only(completion);
+        let all = [completion.prompt_ids.as_slice(), &choice.ids].concat();
+        if request.outputs.logits {
             let expect: Vec<f32> = (1..=all.len())
                 .flat_map(|len| FakeDevice::logits(&all[..len]))
                 .collect();
-            assert_eq!(completion.logits.len(), expect.len());
-            assert!(completion.logits == expect);
+            assert_eq!(choice.logits.len(), expect.len());
+            assert!(choice.logits == expect);
         }
-        if request.observe.hidden_states {
+        if request.outputs.hidden_states == Layers::All {
             let positions = all.len();
             let width = HIDDEN as usize;
             assert_eq!(
-                completion.hidden_states.len(),
+                choice.hidden_states.len(),
                 (LAYERS as usize + 1) * positions * width
             );
-            for (row, values) in completion.hidden_states.chunks_exact(width).enumerate() {
+            for (row, values) in choice.hidden_states.chunks_exact(width).enumerate() {
                 let (layer, position) = (row / positions, row % positions);
                 assert_eq!(values, [(layer * 1000 + position) as f32; HIDDEN as usize]);
             }
@@ -815,7 +774,7 @@ mod tests {
                 assert_eq!(done.len(), requests().len());
                 for (request, completion) in requests().iter().zip(&done) {
                     assert_eq!(
-                        completion.ids,
+                        only(completion).ids,
                         expected_ids(request),
                         "{max_batch} {kv_blocks} {depth}"
                     );
@@ -841,6 +800,7 @@ mod tests {
             }
             if index == 4 {
                 let cancelled = engine.cancel(RequestId(1)).unwrap();
+                let cancelled = only(&cancelled);
                 assert_eq!(cancelled.finish_reason, FinishReason::Cancelled);
                 assert!(expected_ids(&all[1]).starts_with(&cancelled.ids));
             }
@@ -849,7 +809,7 @@ mod tests {
         assert_eq!(done.len(), all.len() - 1);
         for completion in &done {
             assert_eq!(
-                completion.ids,
+                only(completion).ids,
                 expected_ids(&all[completion.request.0 as usize])
             );
         }
@@ -874,11 +834,9 @@ mod tests {
             }
         }
         let completion = completion.unwrap();
-        assert_eq!(
-            (completion.ids, completion.text),
-            (ids.clone(), text.clone())
-        );
-        assert_eq!(completion.finish_reason, FinishReason::Length);
+        let choice = only(&completion);
+        assert_eq!((&choice.ids, &choice.text), (&ids, &text));
+        assert_eq!(choice.finish_reason, FinishReason::Length);
         assert_eq!(text, byte_tokenizer().decode(&ids).unwrap());
     }
 
@@ -888,14 +846,14 @@ mod tests {
             let mut request = Request::new(Prompt::Ids(vec![5, 6, 7]));
             request.max_new_tokens = Some(40);
             request.ignore_eos = true;
-            request.observe.logits = true;
+            request.outputs.logits = true;
             let free = expected_ids(&request);
             let submit = |request: &Request| {
                 let mut engine = engine(2, 40, depth);
                 engine.submit(request.clone()).unwrap();
                 let completion = run(&mut engine).remove(0);
                 check_rows(request, &completion);
-                completion
+                completion.choices.into_iter().next().unwrap()
             };
 
             let mut by_id = request.clone();
@@ -925,14 +883,13 @@ mod tests {
         let mut engine = engine(2, 40, 1);
         let mut request = Request::new(Prompt::Ids(vec![9; 45]));
         request.max_new_tokens = Some(0);
-        request.observe = Observe {
-            logits: true,
-            hidden_states: true,
-        };
+        request.outputs.logits = true;
+        request.outputs.hidden_states = Layers::All;
         engine.submit(request.clone()).unwrap();
         let completion = run(&mut engine).remove(0);
-        assert!(completion.ids.is_empty() && completion.text.is_empty());
-        assert_eq!(completion.finish_reason, FinishReason::Length);
+        let choice = only(&completion);
+        assert!(choice.ids.is_empty() && choice.text.is_empty());
+        assert_eq!(choice.finish_reason, FinishReason::Length);
         check_rows(&request, &completion);
     }
 
@@ -947,7 +904,7 @@ mod tests {
                 request.echo = true;
                 engine.submit(request.clone()).unwrap();
                 let completion = run(&mut engine).remove(0);
-                assert!(completion.ids.is_empty());
+                assert!(only(&completion).ids.is_empty());
                 check_logprobs(&request, &completion);
             }
         }
@@ -973,7 +930,7 @@ mod tests {
                         Event::Failed { request, error } => {
                             failed.push((request, error.to_string()))
                         }
-                        Event::Finished(completion) => finished.push(completion.ids),
+                        Event::Finished(completion) => finished.push(only(&completion).ids.clone()),
                         Event::Token(_) => {}
                     }
                 }
@@ -983,5 +940,278 @@ mod tests {
             assert!(failed[0].1.contains("after position 1"), "{}", failed[0].1);
             assert_eq!(finished, [expected_ids(&healthy)]);
         }
+    }
+
+    fn alone(request: &Request) -> Completion {
+        let mut engine = engine(8, 400, 0);
+        engine.submit(request.clone()).unwrap();
+        run(&mut engine).remove(0)
+    }
+
+    /// Everything of a completion that company must not change.
+    fn results(completion: &Completion) -> Vec<(Vec<u32>, Option<f32>, Option<Vec<TokenLogprob>>)> {
+        let result = |choice: &Choice| (choice.ids.clone(), choice.score, choice.logprobs.clone());
+        completion.choices.iter().map(result).collect()
+    }
+
+    /// Requests with beams, several samples and one greedy sequence.
+    fn mixed() -> Vec<Request> {
+        let prompt =
+            |len: u32, salt: u32| Prompt::Ids((0..len).map(|t| (t * 5 + salt) % VOCAB).collect());
+        let sampling = SamplingParams {
+            temperature: 1.0,
+            seed: Some(11),
+            ..SamplingParams::GREEDY
+        };
+        let beams = |params: BeamParams, len, salt| Request {
+            beams: Some(params),
+            max_new_tokens: Some(20),
+            choices: Choices {
+                returned: 2,
+                generated: 2,
+            },
+            ..Request::new(prompt(len, salt))
+        };
+        let mut penalised = beams(BeamParams::new(3), 33, 2);
+        penalised.processors.repetition_penalty = 1.3;
+        penalised.logprobs = Some(1);
+        penalised.echo = true;
+        let mut sampled_beams = beams(BeamParams::new(2), 16, 3);
+        sampled_beams.sampling = sampling;
+        let groups = BeamParams {
+            num_beam_groups: 2,
+            diversity_penalty: 0.7,
+            early_stopping: EarlyStopping::Never,
+            ..BeamParams::new(4)
+        };
+        let samples = Request {
+            sampling,
+            choices: Choices {
+                returned: 3,
+                generated: 5,
+            },
+            logprobs: Some(0),
+            max_new_tokens: Some(30),
+            ..Request::new(prompt(40, 4))
+        };
+        let mut greedy = Request::new(prompt(21, 5));
+        greedy.max_new_tokens = Some(25);
+        vec![
+            beams(BeamParams::new(4), 1, 1),
+            penalised,
+            sampled_beams,
+            greedy,
+            beams(groups, 45, 6),
+            samples,
+        ]
+    }
+
+    #[test]
+    fn beams_and_samples_give_the_same_in_any_company() {
+        let expected: Vec<_> = mixed()
+            .iter()
+            .map(|request| results(&alone(request)))
+            .collect();
+        for (request, expected) in mixed().iter().zip(&expected) {
+            assert_eq!(expected.len(), request.choices.returned as usize);
+            assert!(expected.iter().all(|(ids, ..)| !ids.is_empty()));
+        }
+        // Four beams of 65 positions take 14 blocks where they share two.
+        for (max_batch, kv_blocks) in [(4, 400), (8, 400), (8, 14), (4, 15), (8, 20), (6, 33)] {
+            for depth in [0, 1, 2] {
+                let mut engine = engine(max_batch, kv_blocks, depth);
+                for request in mixed() {
+                    engine.submit(request).unwrap();
+                }
+                let done = run(&mut engine);
+                let found: Vec<_> = done.iter().map(results).collect();
+                assert_eq!(found, expected, "{max_batch} {kv_blocks} {depth}");
+                assert_eq!(engine.scheduler.free(), (kv_blocks, max_batch as usize));
+            }
+        }
+    }
+
+    #[test]
+    fn samples_are_those_of_their_seeds() {
+        let mut request = mixed().pop().unwrap();
+        request.choices = Choices {
+            returned: 4,
+            generated: 4,
+        };
+        let together = alone(&request);
+        for (index, choice) in (0..).zip(&together.choices) {
+            let mut one = request.clone();
+            one.choices = Choices::ONE;
+            one.sampling.seed = request.sampling.seed.map(|seed| derive_seed(seed, index));
+            assert_eq!(only(&alone(&one)).ids, choice.ids);
+        }
+        // The best of more come by their mean log-probability.
+        request.choices = Choices {
+            returned: 2,
+            generated: 4,
+        };
+        let mean = |choice: &Choice| choice.score.unwrap() / choice.ids.len() as f32;
+        let mut ranked: Vec<&Choice> = together.choices.iter().collect();
+        ranked.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+        let best = alone(&request);
+        let ids = |choices: &[&Choice]| choices.iter().map(|c| c.ids.clone()).collect::<Vec<_>>();
+        assert_eq!(
+            ids(&best.choices.iter().collect::<Vec<_>>()),
+            ids(&ranked[..2])
+        );
+    }
+
+    #[test]
+    fn a_prompt_is_held_once() {
+        // 80 positions in 5 blocks and 15 more in a sixth. Beams go on from the prompt's row; samples are
+        // fed its last token, each in a copy of its block.
+        let mut several = Request::new(Prompt::Ids((0..80).collect()));
+        several.max_new_tokens = Some(15);
+        several.ignore_eos = true;
+        let mut beams = several.clone();
+        beams.beams = Some(BeamParams::new(8));
+        several.sampling.temperature = 1.0;
+        several.choices = Choices {
+            returned: 8,
+            generated: 8,
+        };
+        for (request, blocks) in [(beams, 5 + 8), (several, 4 + 8 * 2)] {
+            let mut engine = engine(8, 400, 1);
+            engine.submit(request).unwrap();
+            run(&mut engine);
+            let stats = engine.stats();
+            assert_eq!(stats.most_kv_blocks, blocks);
+            // The prompt is computed once.
+            assert!(stats.prefill.tokens == 80 && stats.decode.tokens <= 8 * 15);
+        }
+    }
+
+    #[test]
+    fn what_the_cache_holds_is_not_computed_again() {
+        let mut engine = engine(4, 40, 1);
+        let mut first = Request::new(Prompt::Ids((0..37).collect()));
+        first.max_new_tokens = Some(20);
+        first.ignore_eos = true;
+        engine.submit(first.clone()).unwrap();
+        let done = run(&mut engine).remove(0);
+        assert_eq!(done.cached_tokens, 0);
+        // A conversation goes on.
+        let mut history = done.prompt_ids.clone();
+        history.extend(&only(&done).ids);
+        history.extend([5, 6, 7]);
+        let before = engine.stats();
+        let mut next = Request::new(Prompt::Ids(history));
+        next.max_new_tokens = Some(4);
+        engine.submit(next.clone()).unwrap();
+        let found = run(&mut engine).remove(0);
+        // All but the last generated token, which was never fed, and what is new.
+        assert_eq!(found.cached_tokens, 37 + 19);
+        assert_eq!(engine.stats().prefill.tokens - before.prefill.tokens, 4);
+        assert_eq!(only(&found).ids, expected_ids(&next));
+        // What is to be seen of every position is computed.
+        next.outputs.logits = true;
+        engine.submit(next.clone()).unwrap();
+        let seen = run(&mut engine).remove(0);
+        assert_eq!(seen.cached_tokens, 0);
+        check_rows(&next, &seen);
+    }
+
+    #[test]
+    fn layers_and_embeddings_are_chosen() {
+        let mut request = Request::new(Prompt::Ids((0..30).collect()));
+        request.max_new_tokens = Some(0);
+        request.outputs.hidden_states = Layers::Of(vec![2, 0]);
+        let layer_of = |pooling, layer| {
+            let mut request = request.clone();
+            request.outputs.embedding = Some(Embedding { pooling, layer });
+            alone(&request)
+        };
+        let last = layer_of(Pooling::Last, None);
+        // The fake's hidden states are 1000 * layer + position.
+        assert_eq!(
+            last.embedding,
+            [(1000 * LAYERS + 29) as f32; HIDDEN as usize]
+        );
+        let rows: Vec<f32> = [2000, 0]
+            .iter()
+            .flat_map(|&l| (0..30).map(move |p| (l + p) as f32))
+            .collect();
+        let found: Vec<f32> = only(&last)
+            .hidden_states
+            .iter()
+            .step_by(HIDDEN as usize)
+            .copied()
+            .collect();
+        assert_eq!(found, rows);
+        let mean = layer_of(Pooling::Mean, Some(1)).embedding;
+        assert!(
+            mean.iter().all(|value| (value - 1014.5).abs() < 1e-2),
+            "{mean:?}"
+        );
+    }
+
+    #[test]
+    fn scores_are_what_tokens_are_chosen_by() {
+        let mut request = Request::new(Prompt::Ids(vec![4, 5]));
+        request.max_new_tokens = Some(6);
+        request.ignore_eos = true;
+        request.outputs.scores = true;
+        request.processors.suppress_tokens = vec![7];
+        for temperature in [0.0, 0.5] {
+            request.sampling.temperature = temperature;
+            request.sampling.top_k = 3;
+            request.sampling.seed = Some(1);
+            let found = alone(&request);
+            let choice = only(&found);
+            let rows: Vec<&[f32]> = choice.scores.chunks_exact(VOCAB as usize).collect();
+            assert_eq!(rows.len(), choice.ids.len());
+            let mut history = found.prompt_ids.clone();
+            for (row, &id) in rows.iter().zip(&choice.ids) {
+                let logits = FakeDevice::logits(&history);
+                assert_eq!(row[7], f32::NEG_INFINITY);
+                let scale = if temperature == 0.0 { 1.0 } else { temperature };
+                assert!((row[id as usize] - logits[id as usize] / scale).abs() < 1e-4);
+                let finite = row.iter().filter(|score| score.is_finite()).count();
+                assert!(if temperature == 0.0 {
+                    finite == 299
+                } else {
+                    finite < 10
+                });
+                history.push(id);
+            }
+        }
+    }
+
+    #[test]
+    fn a_search_can_be_cancelled() {
+        let mut engine = engine(8, 400, 0);
+        let request = mixed().remove(1);
+        let id = engine.submit(request).unwrap();
+        for _ in 0..10 {
+            engine.step().unwrap();
+        }
+        let found = engine.cancel(id).unwrap();
+        assert_eq!(found.choices.len(), 2);
+        assert!(engine.is_idle());
+        assert_eq!(engine.scheduler.free(), (400, 8));
+    }
+
+    #[test]
+    fn beams_that_do_not_fit_are_refused() {
+        let mut engine = engine(4, 10, 0);
+        let mut fails = |beams, len, expect: &str| {
+            let mut request = Request::new(Prompt::Ids(vec![1; len]));
+            request.beams = Some(BeamParams::new(beams));
+            request.max_new_tokens = Some(20);
+            let error = engine.submit(request).unwrap_err().to_string();
+            assert!(error.contains(expect), "{error:?} lacks {expect:?}");
+        };
+        fails(
+            5,
+            3,
+            "num_beams is 5; it must be at most 4, the largest batch",
+        );
+        // Three blocks are shared, and four beams take two or three more each.
+        fails(4, 60, "80 positions take 11 blocks");
     }
 }

@@ -3,7 +3,10 @@
 //! [`Engine`] takes [`Request`]s and gives [`Event`]s, batching what runs at the same time. It plans
 //! [`device::Step`]s for a [`device::Device`], which holds the weights and the KV cache.
 
+mod active;
+mod beams;
 mod choices;
+mod completion;
 pub mod cpu;
 pub mod device;
 mod engine;
@@ -15,16 +18,18 @@ mod scheduler;
 mod testing;
 mod tokenizer;
 
+pub use beams::{BeamParams, EarlyStopping};
 pub use choices::{Choices, MAX_CHOICES};
+pub use completion::{Choice, Completion, FinishReason, Timing, TokenEvent};
 pub use device::LoadOptions;
-pub use engine::{
-    Completion, Engine, EngineError, Event, FinishReason, PhaseStats, RequestId, Stats, Timing,
-    TokenEvent,
+pub use engine::{Engine, EngineError, Event, PhaseStats, RequestId, Stats};
+pub use kv::{BlockCopy, BlockPool, Prefix, blocks_for};
+pub use request::{
+    DEFAULT_MAX_NEW_TOKENS, Embedding, Layers, MAX_BEAMS, Outputs, Pooling, Prompt, Request,
+    RequestError,
 };
-pub use kv::{BlockPool, blocks_for};
-pub use request::{DEFAULT_MAX_NEW_TOKENS, Prompt, Request, RequestError};
 pub use sampling::{
-    Draw, DrawParams, Logprobs, MAX_LOGPROBS, Processors, Rules, Sampler, SamplingParams,
-    SequenceBias, TokenLogprob, ranges,
+    BeamDraw, Continuation, Draw, DrawParams, MAX_LOGPROBS, Processors, Rules, Sampler,
+    SamplingParams, SequenceBias, Taken, TokenLogprob, ranges,
 };
 pub use tokenizer::{TextDelta, TextStream, Tokenizer, TokenizerError};

@@ -1,14 +1,19 @@
 //! What is asked of the engine, and what is wrong with it.
 
+use crate::beams::BeamParams;
+use crate::choices::Choices;
 use crate::device::Observe;
 use crate::kv::blocks_for;
-use crate::sampling::ranges::{BIAS, CUTOFF, FACTOR, MIN_P, PENALTY, Range, TEMPERATURE, TOP_P};
+use crate::sampling::ranges::{CUTOFF, FACTOR, FINITE, MIN_P, NOT_NEGATIVE, PENALTY, Range, TOP_P};
 use crate::sampling::{MAX_LOGPROBS, Processors, SamplingParams, SequenceBias};
 use crate::tokenizer::{Tokenizer, TokenizerError};
-use kiln_bundle::ModelInfo;
+use kiln_bundle::{BLOCK_TOKENS, ModelInfo};
 
 /// New tokens of a request that does not say how many, where the bundle's limit leaves room.
 pub const DEFAULT_MAX_NEW_TOKENS: u32 = 128;
+
+/// Most beams of a search.
+pub const MAX_BEAMS: u32 = 128;
 
 /// What a sequence starts from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,12 +45,72 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Goes on after an end-of-sequence token.
     pub ignore_eos: bool,
+    /// Searches with beams instead of generating token by token. Where the request samples, the beams'
+    /// continuations are drawn.
+    pub beams: Option<BeamParams>,
+    /// How often the prompt is continued.
+    pub choices: Choices,
     /// Reports the log-probability of every generated token, and so many of the likeliest in its place.
     pub logprobs: Option<u32>,
     /// With `logprobs`, reports those of the prompt too.
     pub echo: bool,
-    /// What to report for every position of prompt and generation.
-    pub observe: Observe,
+    /// What to report besides.
+    pub outputs: Outputs,
+}
+
+/// What a request reports of the model's work.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outputs {
+    /// The logits of every position of prompt and generation.
+    pub logits: bool,
+    /// What each generated token was chosen by: logits as the processors left them, and where it was
+    /// sampled over the temperature and with -inf for what was cut.
+    pub scores: bool,
+    /// Hidden states of every position of prompt and generation.
+    pub hidden_states: Layers,
+    /// A vector for the prompt.
+    pub embedding: Option<Embedding>,
+}
+
+/// Hidden states: 0 is the embedding's output, l that of layer l, before the final normalisation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Layers {
+    /// None.
+    #[default]
+    None,
+    /// Those of the embedding and of all layers.
+    All,
+    /// These, in this order.
+    Of(Vec<u32>),
+}
+
+impl Layers {
+    /// Their indices for a model of so many layers.
+    pub(crate) fn of(&self, layers: usize) -> Vec<usize> {
+        match self {
+            Layers::None => Vec::new(),
+            Layers::All => (0..=layers).collect(),
+            Layers::Of(chosen) => chosen.iter().map(|&layer| layer as usize).collect(),
+        }
+    }
+}
+
+/// A vector (C) for a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Embedding {
+    /// How the hidden states of its tokens become one.
+    pub pooling: Pooling,
+    /// Which hidden states, as in [`Layers`]; none: the last layer's. 0 has no attention in it.
+    pub layer: Option<u32>,
+}
+
+/// How the hidden states of several tokens become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean.
+    Mean,
+    /// That of the last token.
+    Last,
 }
 
 impl Request {
@@ -63,7 +128,9 @@ impl Request {
             ignore_eos: false,
             logprobs: None,
             echo: false,
-            observe: Observe::default(),
+            beams: None,
+            choices: Choices::ONE,
+            outputs: Outputs::default(),
         }
     }
 }
@@ -116,19 +183,21 @@ pub enum RequestError {
     },
     /// The KV cache is smaller than the sequence.
     #[error(
-        "{tokens} positions take {} blocks of the KV cache, which has {kv_blocks}; give it more \
-         memory", blocks_for(*tokens)
+        "{tokens} positions take {needed} blocks of the KV cache, which has {kv_blocks}; give it more \
+         memory"
     )]
     TooLargeForCache {
         /// Prompt and new tokens.
         tokens: usize,
+        /// Blocks that they take, in all beams.
+        needed: usize,
         /// Blocks of the cache.
         kv_blocks: usize,
     },
     /// Nothing is asked for.
     #[error(
-        "max_new_tokens is 0 and neither logits, hidden states nor the prompt's logprobs (logprobs and \
-         echo) are asked for"
+        "max_new_tokens is 0 and neither logits, hidden states, an embedding nor the prompt's logprobs \
+         (logprobs and echo) are asked for"
     )]
     NothingToDo,
     /// A parameter outside its range, which others may narrow.
@@ -148,8 +217,10 @@ pub enum RequestError {
 pub(crate) struct Room<'a> {
     pub(crate) model: &'a ModelInfo,
     pub(crate) max_seq_len: usize,
-    /// Positions that the KV cache holds.
-    pub(crate) cache_tokens: usize,
+    /// Blocks of the KV cache.
+    pub(crate) kv_blocks: usize,
+    /// Sequences that run at a time.
+    pub(crate) slots: usize,
     pub(crate) tokenizer: Option<&'a Tokenizer>,
 }
 
@@ -179,9 +250,30 @@ impl Request {
         self.echo && self.logprobs.is_some()
     }
 
+    /// How many of the likeliest tokens are noted with each generated one; none where not even its own
+    /// log-probability is.
+    pub(crate) fn top_logprobs(&self) -> Option<u32> {
+        let ranks = self.choices.generated > self.choices.returned;
+        self.logprobs.or(ranks.then_some(0))
+    }
+
+    /// What is needed of every position of prompt and generation.
+    pub(crate) fn observe(&self) -> Observe {
+        let Outputs {
+            logits,
+            scores: _,
+            hidden_states,
+            embedding,
+        } = &self.outputs;
+        Observe {
+            logits: *logits,
+            hidden_states: *hidden_states != Layers::None || embedding.is_some(),
+        }
+    }
+
     /// Whether the prompt alone gives a result.
     fn reads_prompt(&self) -> bool {
-        self.observe != Observe::default() || self.scores_prompt()
+        self.observe().is_any() || self.scores_prompt()
     }
 
     /// What is wrong with the request whatever it runs on: parameters out of range or at odds with each
@@ -192,6 +284,9 @@ impl Request {
     pub fn check(&self) -> Result<(), RequestError> {
         check_sampling(&self.sampling)?;
         check_processors(&self.processors)?;
+        self.choices.check(self)?;
+        self.check_beams()?;
+        self.check_outputs()?;
         if self.stop.iter().any(String::is_empty) {
             return Err(parameter(
                 "stop",
@@ -214,6 +309,74 @@ impl Request {
             return Err(parameter("min_new_tokens", self.min_new_tokens, needed));
         }
         Ok(())
+    }
+
+    fn check_beams(&self) -> Result<(), RequestError> {
+        let Some(BeamParams {
+            num_beams,
+            length_penalty,
+            early_stopping: _,
+            num_beam_groups,
+            diversity_penalty,
+        }) = self.beams
+        else {
+            return Ok(());
+        };
+        if !(2..=MAX_BEAMS).contains(&num_beams) {
+            let needed = format!("from 2 to {MAX_BEAMS}, or absent");
+            return Err(parameter("num_beams", num_beams, needed));
+        }
+        in_range("length_penalty", length_penalty, &FINITE)?;
+        in_range("diversity_penalty", diversity_penalty, &NOT_NEGATIVE)?;
+        if num_beam_groups == 0 || num_beams % num_beam_groups != 0 {
+            let needed = format!("a divisor of num_beams, which is {num_beams}");
+            return Err(parameter("num_beam_groups", num_beam_groups, needed));
+        }
+        if (num_beam_groups > 1) != (diversity_penalty > 0.0) {
+            let needed = match num_beam_groups {
+                1 => "0 where num_beam_groups is 1",
+                _ => "above 0 where num_beam_groups is above 1",
+            };
+            return Err(parameter("diversity_penalty", diversity_penalty, needed));
+        }
+        if num_beam_groups > 1 && self.sampling.temperature > 0.0 {
+            let needed = "0 where num_beam_groups is above 1";
+            return Err(parameter("temperature", self.sampling.temperature, needed));
+        }
+        if let Some(stop) = self.stop.first() {
+            let needed = "absent with num_beams; stop_token_ids can be given";
+            return Err(parameter("stop", format!("{stop:?}"), needed));
+        }
+        if self.max_new_tokens == Some(0) {
+            return Err(parameter("max_new_tokens", 0, "above 0 with num_beams"));
+        }
+        Ok(())
+    }
+
+    fn check_outputs(&self) -> Result<(), RequestError> {
+        let Outputs {
+            logits,
+            scores,
+            hidden_states,
+            embedding,
+        } = &self.outputs;
+        let of_positions = [
+            ("logits", *logits),
+            ("scores", *scores),
+            ("hidden states", *hidden_states != Layers::None),
+            ("an embedding", embedding.is_some()),
+        ];
+        let Some((what, _)) = of_positions.into_iter().find(|(_, asked)| *asked) else {
+            return Ok(());
+        };
+        let needed = format!("1 where {what} are written").replace("embedding are", "embedding is");
+        if let Some(BeamParams { num_beams, .. }) = self.beams {
+            return Err(parameter("num_beams", num_beams, needed));
+        }
+        match self.choices.generated {
+            1 => Ok(()),
+            several => Err(parameter("num_return_sequences", several, needed)),
+        }
     }
 
     /// Checks the request. Returns the prompt's ids and the most new tokens.
@@ -265,14 +428,26 @@ impl Request {
             let needed = format!("at most prompt and max_new_tokens together, which are {tokens}");
             return Err(parameter("min_length", self.min_length, needed));
         }
-        if tokens > room.cache_tokens {
-            let kv_blocks = room.cache_tokens / kiln_bundle::BLOCK_TOKENS;
-            return Err(RequestError::TooLargeForCache { tokens, kv_blocks });
+        let beams = self.beams.map_or(1, |beams| beams.num_beams as usize);
+        if beams > room.slots {
+            let most = room.slots;
+            let needed = format!("at most {most}, the largest batch of this bundle (--max-batch)");
+            return Err(parameter("num_beams", beams, needed));
+        }
+        // Beams share the whole blocks of the prompt.
+        let shared = found / BLOCK_TOKENS;
+        let needed = shared + beams * (blocks_for(tokens) - shared);
+        if needed > room.kv_blocks {
+            return Err(RequestError::TooLargeForCache {
+                tokens,
+                needed,
+                kv_blocks: room.kv_blocks,
+            });
         }
         Ok((prompt_ids, max_new_tokens))
     }
 
-    /// Holds every id but the prompt's against the vocabulary.
+    /// Holds every id but the prompt's against the vocabulary, and layers against the model's.
     fn check_ids(&self, model: &ModelInfo) -> Result<(), RequestError> {
         let Processors {
             sequence_bias,
@@ -301,6 +476,17 @@ impl Request {
         for (field, ids) in lists {
             for &id in ids {
                 check_id(&|| field.to_owned(), id, model)?;
+            }
+        }
+        let layers = self.outputs.hidden_states.of(model.layers as usize);
+        let embedding = self.outputs.embedding.and_then(|embedding| embedding.layer);
+        let layers = layers
+            .into_iter()
+            .chain(embedding.map(|layer| layer as usize));
+        for layer in layers {
+            if layer > model.layers as usize {
+                let needed = format!("from 0 to {}, the layers of the model", model.layers);
+                return Err(parameter("layer", layer, needed));
             }
         }
         if let Some((start, factor)) = exponential_decay_length_penalty
@@ -337,7 +523,7 @@ fn check_sampling(params: &SamplingParams) -> Result<(), RequestError> {
         eta_cutoff,
         seed: _,
     } = *params;
-    in_range("temperature", temperature, &TEMPERATURE)?;
+    in_range("temperature", temperature, &NOT_NEGATIVE)?;
     in_range("top_p", top_p, &TOP_P)?;
     in_range("min_p", min_p, &MIN_P)?;
     in_range("typical_p", typical_p, &TOP_P)?;
@@ -374,7 +560,7 @@ fn check_processors(processors: &Processors) -> Result<(), RequestError> {
             [id] => format!("logit_bias of token {id}"),
             _ => format!("sequence_bias of tokens {ids:?}"),
         };
-        in_range(&name, *bias, &BIAS)?;
+        in_range(&name, *bias, &FINITE)?;
     }
     if let Some(index) = bad_words_ids.iter().position(Vec::is_empty) {
         let name = format!("bad_words_ids[{index}]");
@@ -426,7 +612,8 @@ mod tests {
         let room = Room {
             model: &manifest.model,
             max_seq_len: 64,
-            cache_tokens: 48,
+            kv_blocks: 3,
+            slots: 4,
             tokenizer: Some(&tokenizer),
         };
         let error = request.resolve(&room).unwrap_err().to_string();
@@ -653,7 +840,8 @@ mod tests {
         let room = Room {
             model: &manifest.model,
             max_seq_len: 64,
-            cache_tokens: 64,
+            kv_blocks: 4,
+            slots: 4,
             tokenizer: None,
         };
         let text = Request::new(Prompt::Text("a".to_owned()));

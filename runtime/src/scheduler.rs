@@ -10,21 +10,34 @@
 //! is later prefilled again, generated tokens included. It continues with the same ids, since a
 //! row's bits do not depend on how it came into a step.
 //!
+//! A sequence starts from what the cache still holds of its beginning. One that is to begin like
+//! another one waits for that one's prompt.
+//!
+//! A sequence may have several *branches*, the beams of a search, which have the same length and go on
+//! together, in one step. They begin as one. Each step, the engine says which branch each of the next
+//! ones continues ([`Scheduler::branch`]); they share their blocks as long as none writes into them.
+//!
 //! The scheduler works ahead of the tokens' values: a sequence whose next token is still in flight
 //! is known to be one longer, and is fed [`Tokens::LastSampled`]. Where a draw reads the tokens of its
-//! sequence ([`Rules::read_history`]), all of them must be known: such a sequence takes part in no step
-//! while a token of it is in flight, and is fed its last one by value.
+//! sequence ([`Rules::read_history`]), all of them must be known, and where the engine chooses them,
+//! it must have done so: such a sequence takes part in no step while a token of it is in flight, and is
+//! fed its last one by value.
 
 use crate::device::{Extent, LogitRows, Observe, SequenceStep, Step, Tokens};
-use crate::kv::{BlockPool, blocks_for};
-use crate::sampling::{Draw, DrawParams, Rules, Suppression};
+use crate::kv::{BlockCopy, BlockPool, Prefix, blocks_for};
+use crate::sampling::{BeamDraw, Draw, DrawParams, Rules, Suppression};
 use kiln_bundle::{Bounds, Executable, Limits, Phase};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A sequence; older ones have lower ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct SequenceId(pub(crate) u64);
+pub(crate) struct SequenceId {
+    pub(crate) request: u64,
+    /// Among those of the request.
+    pub(crate) index: u32,
+}
 
 /// What a sequence starts from.
 #[derive(Clone, Debug)]
@@ -34,12 +47,61 @@ pub(crate) struct NewSequence {
     pub(crate) params: DrawParams,
     pub(crate) suppression: Suppression,
     pub(crate) rules: Arc<Rules>,
+    pub(crate) pick: Pick,
+    /// One with the same prompt, whose keys and values it waits for.
+    pub(crate) after: Option<SequenceId>,
     /// With either of these, the last token is fed too, so that every position has its row.
     pub(crate) observe: Observe,
     /// Whether the logits that tokens are chosen from are to be seen.
     pub(crate) see_draws: bool,
     /// Whether those after each token of the prompt are to be seen too.
     pub(crate) see_prompt: bool,
+}
+
+/// What a row of logits is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pick {
+    /// The sequence's next token.
+    Token,
+    /// Continuations of its branches, from which the engine chooses.
+    Continuations {
+        /// Most branches.
+        beams: usize,
+        /// Continuations of each.
+        count: u32,
+        /// Tokens that cuts leave at least.
+        least_kept: u32,
+    },
+    /// The same, by the engine from the rows themselves.
+    Rows {
+        /// Most branches.
+        beams: usize,
+        /// Continuations of each.
+        count: u32,
+        /// Tokens that cuts leave at least.
+        least_kept: u32,
+    },
+}
+
+impl Pick {
+    /// Slots that a sequence takes.
+    fn slots(self) -> usize {
+        match self {
+            Pick::Token => 1,
+            Pick::Continuations { beams, .. } | Pick::Rows { beams, .. } => beams,
+        }
+    }
+}
+
+/// A branch of the next step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct NextBranch {
+    /// Index of the branch that it continues.
+    pub(crate) parent: usize,
+    /// By this token.
+    pub(crate) id: u32,
+    /// Its score with it.
+    pub(crate) score: f32,
 }
 
 /// What a submitted step was: needed to read its output.
@@ -49,17 +111,18 @@ pub(crate) struct Plan {
     pub(crate) sequences: Vec<Planned>,
 }
 
-/// A sequence's part of a [`Plan`].
+/// A branch's part of a [`Plan`]. Those of a sequence are neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Planned {
     pub(crate) id: SequenceId,
+    pub(crate) branch: usize,
     /// Position of its first new token.
     pub(crate) start: usize,
     /// New tokens.
     pub(crate) len: usize,
     pub(crate) logit_rows: LogitRows,
-    /// Whether a token is chosen.
-    pub(crate) draws: bool,
+    /// What is chosen, if anything.
+    pub(crate) picks: Option<Pick>,
 }
 
 /// See the module.
@@ -69,38 +132,73 @@ pub(crate) struct Scheduler {
     /// The bucket that chunks are cut for.
     prefill: Bounds,
     pool: BlockPool,
+    /// To be made by the next step.
+    copies: Vec<BlockCopy>,
+    slots: usize,
     free_slots: Vec<u32>,
     /// By age, preempted sequences first.
     waiting: VecDeque<Sequence>,
     /// By age.
     running: Vec<Sequence>,
     last_phase: Phase,
+    most_blocks_used: usize,
 }
 
 #[derive(Debug)]
 struct Sequence {
     id: SequenceId,
     new: NewSequence,
-    /// Prompt and generated tokens whose values are known.
-    tokens: Vec<u32>,
+    /// At least one.
+    branches: Vec<Branch>,
     /// Tokens chosen in flight.
     pending: usize,
-    /// Positions whose keys and values are, or will be by the steps in flight, in the cache.
-    computed: usize,
     /// Positions whose rows have been asked for.
     observed: usize,
     /// Whether the slot's last sampled token is this sequence's next.
-    decoding: bool,
+    in_slot: bool,
     /// Whether its last token has been chosen.
     done: bool,
-    slot: u32,
+    /// At least as many as branches, while it runs.
+    slots: Vec<u32>,
+}
+
+#[derive(Debug, Default)]
+struct Branch {
+    /// Prompt and generated tokens whose values are known.
+    tokens: Vec<u32>,
+    /// Positions whose keys and values are, or will be by the steps in flight, in the cache.
+    computed: usize,
+    /// Those that the pool knows of.
+    recorded: usize,
     block_table: Vec<u32>,
+    score: f32,
+}
+
+impl Branch {
+    fn release(&mut self, pool: &mut BlockPool) {
+        self.record(pool);
+        pool.release(&mut self.block_table);
+        self.computed = 0;
+        self.recorded = 0;
+    }
+
+    fn record(&mut self, pool: &mut BlockPool) {
+        let known = self.computed.min(self.tokens.len());
+        if known > self.recorded {
+            pool.record(&self.block_table, &self.tokens[..known], self.recorded);
+            self.recorded = known;
+        }
+    }
 }
 
 impl Sequence {
-    /// Tokens that exist, in flight or known.
+    /// Tokens of a branch that exist, in flight or known.
     fn len(&self) -> usize {
-        self.tokens.len() + self.pending
+        let known = self
+            .branches
+            .first()
+            .map_or(0, |branch| branch.tokens.len());
+        known + self.pending
     }
 
     fn generated(&self) -> usize {
@@ -111,99 +209,165 @@ impl Sequence {
         !self.done && self.generated() < self.new.max_new_tokens
     }
 
-    fn reads_history(&self) -> bool {
-        self.new.rules.read_history()
+    /// Whether every token must be known before the next is chosen.
+    fn reads_tokens(&self) -> bool {
+        self.new.pick != Pick::Token || self.new.rules.read_history()
     }
 
-    /// Whether nothing can be done before a token is known.
-    fn waits(&self) -> bool {
-        self.pending > 0 && self.reads_history()
-    }
-
-    /// Tokens to be fed now.
-    fn remaining(&self) -> usize {
-        if self.waits() {
+    /// Positions that are to be fed by now.
+    fn goal(&self) -> usize {
+        if self.pending > 0 && self.reads_tokens() {
             return 0;
         }
-        let goal = if self.draws_more() {
-            self.len()
-        } else if self.new.observe == Observe::default() {
-            match self.new.see_prompt {
-                true => self.new.prompt_ids.len(),
-                false => 0,
+        if self.draws_more() {
+            return self.len();
+        }
+        if self.new.observe.is_any() {
+            return if self.done {
+                self.len() - self.pending
+            } else {
+                self.len()
+            };
+        }
+        match self.new.see_prompt {
+            true => self.new.prompt_ids.len(),
+            false => 0,
+        }
+    }
+
+    /// What it takes part in next: branches decode together, and are prefilled one after the other.
+    fn phase(&self) -> Option<Phase> {
+        let goal = self.goal();
+        let mut phase = None;
+        for branch in &self.branches {
+            match goal.saturating_sub(branch.computed) {
+                0 => {}
+                1 if branch.computed > 0 => {
+                    phase.get_or_insert(Phase::Decode);
+                }
+                _ => phase = Some(Phase::Prefill),
             }
-        } else if self.done {
-            self.tokens.len()
-        } else {
-            self.len()
-        };
-        goal.saturating_sub(self.computed)
+        }
+        phase
     }
 
-    fn prefills(&self) -> bool {
-        !self.decoding && self.remaining() > 0
+    /// Whether something is chosen after the tokens up to a position.
+    fn draws_at(&self, end: usize) -> bool {
+        end == self.len() && self.draws_more()
     }
 
-    fn decodes(&self) -> bool {
-        self.decoding && self.remaining() > 0
-    }
-
-    /// Rows of logits for the next `len` tokens.
-    fn logit_rows(&self, len: usize, draws: bool) -> LogitRows {
-        let end = self.computed + len;
+    /// Rows of logits for the next `len` tokens of a branch.
+    fn logit_rows(&self, start: usize, len: usize) -> LogitRows {
+        let end = start + len;
         let in_prompt = self.observed < self.new.prompt_ids.len();
         let see_all = self.new.observe.logits || self.new.see_prompt && in_prompt;
-        match (see_all && end > self.observed, draws) {
+        match (see_all && end > self.observed, self.draws_at(end)) {
             (true, _) => LogitRows::All,
             (false, true) => LogitRows::Last,
             (false, false) => LogitRows::None,
         }
     }
 
-    /// Adds its next `len` tokens to a step.
-    fn feed(&mut self, len: usize, step: &mut Step, plan: &mut Plan) {
-        let start = self.computed;
-        let draws = start + len == self.len() && self.draws_more();
-        let logit_rows = self.logit_rows(len, draws);
-        let index = self.generated() as u32;
-        let tokens = if self.decoding && !self.reads_history() {
-            Tokens::LastSampled
-        } else {
-            Tokens::Ids(&self.tokens[start..start + len])
-        };
-        let rules = &self.new.rules;
-        step.push(&SequenceStep {
-            slot: self.slot,
-            tokens,
-            past_len: start as u32,
-            block_table: &self.block_table,
-            logit_rows,
-            draw: draws.then_some(Draw {
-                params: self.new.params,
-                index,
-                suppressed_ids: self.new.suppression.at(index),
-                rules: rules.apply_to(index).then_some(rules),
-                history: match rules.read_history() {
-                    true => &self.tokens,
-                    false => &[],
-                },
+    /// Positions, from the first, whose rows nobody waits for.
+    fn reusable(&self) -> usize {
+        let waits_for_rows = self.new.observe.is_any()
+            || self.new.see_prompt && self.observed < self.new.prompt_ids.len();
+        let most = self.len().saturating_sub(1);
+        match waits_for_rows {
+            true => self.observed.min(most),
+            false => most,
+        }
+    }
+
+    /// The next branch to be prefilled, and how many tokens it lacks. Where there are several, each
+    /// keeps its last for the step in which they all go on.
+    fn to_prefill(&self) -> Option<(usize, usize)> {
+        let kept = usize::from(self.branches.len() > 1);
+        let goal = self.goal().saturating_sub(kept);
+        let lacking = |branch: &Branch| goal.saturating_sub(branch.computed);
+        let mut branches = self.branches.iter().map(lacking).enumerate();
+        branches.find(|&(_, lacking)| lacking > 0)
+    }
+
+    /// How a branch's token of this index is chosen.
+    fn draw(&self, index: usize, token_index: usize) -> Draw<'_> {
+        let (branch, rules) = (&self.branches[index], &self.new.rules);
+        let token_index = token_index as u32;
+        let beam = match self.new.pick {
+            Pick::Continuations {
+                count, least_kept, ..
+            }
+            | Pick::Rows {
+                count, least_kept, ..
+            } => Some(BeamDraw {
+                beam: index as u32,
+                score: branch.score,
+                count,
+                least_kept,
             }),
-        });
-        step.observe.logits |=
-            self.new.observe.logits || self.new.see_draws && logit_rows != LogitRows::None;
-        step.observe.hidden_states |= self.new.observe.hidden_states;
-        plan.sequences.push(Planned {
-            id: self.id,
-            start,
-            len,
-            logit_rows,
-            draws,
-        });
-        self.computed += len;
-        self.observed = self.observed.max(self.computed);
+            Pick::Token => None,
+        };
+        Draw {
+            params: self.new.params,
+            index: token_index,
+            suppressed_ids: self.new.suppression.at(token_index),
+            rules: rules.apply_to(token_index).then_some(rules),
+            history: match rules.read_history() {
+                true => &branch.tokens,
+                false => &[],
+            },
+            beam,
+        }
+    }
+
+    /// Adds the next `len` tokens of branches to a step.
+    fn feed(
+        &mut self,
+        branches: Range<usize>,
+        len: usize,
+        pool: &mut BlockPool,
+        step: &mut Step,
+        plan: &mut Plan,
+    ) {
+        let by_engine = matches!(self.new.pick, Pick::Rows { .. });
+        let mut draws = false;
+        for index in branches.clone() {
+            let branch = &self.branches[index];
+            let start = branch.computed;
+            draws = self.draws_at(start + len);
+            let logit_rows = self.logit_rows(start, len);
+            let tokens = match self.in_slot && !self.reads_tokens() {
+                true => Tokens::LastSampled,
+                false => Tokens::Ids(&branch.tokens[start..start + len]),
+            };
+            step.push(&SequenceStep {
+                slot: self.slots[index],
+                tokens,
+                past_len: start as u32,
+                block_table: &branch.block_table,
+                logit_rows,
+                draw: (draws && !by_engine).then(|| self.draw(index, self.generated())),
+            });
+            step.observe.logits |= self.new.observe.logits
+                || (self.new.see_draws || by_engine) && logit_rows != LogitRows::None;
+            step.observe.hidden_states |= self.new.observe.hidden_states;
+            plan.sequences.push(Planned {
+                id: self.id,
+                branch: index,
+                start,
+                len,
+                logit_rows,
+                picks: draws.then_some(self.new.pick),
+            });
+        }
+        for branch in &mut self.branches[branches] {
+            branch.computed += len;
+            branch.record(pool);
+            self.observed = self.observed.max(branch.computed);
+        }
         if draws {
             self.pending += 1;
-            self.decoding = true;
+            self.in_slot = true;
         }
     }
 }
@@ -236,31 +400,46 @@ impl Scheduler {
             executables,
             prefill,
             pool: BlockPool::new(kv_blocks),
+            copies: Vec::new(),
+            slots: slots as usize,
             free_slots: (0..slots).rev().collect(),
             waiting: VecDeque::new(),
             running: Vec::new(),
             last_phase: Phase::Decode,
+            most_blocks_used: 0,
         })
     }
 
-    /// Positions that the KV cache can hold.
-    pub(crate) fn cache_tokens(&self) -> usize {
-        self.pool.capacity() * kiln_bundle::BLOCK_TOKENS
+    /// Blocks that the KV cache has.
+    pub(crate) fn cache_blocks(&self) -> usize {
+        self.pool.capacity()
     }
 
-    /// Queues a sequence, younger than all before it. Its full length fits the cache.
+    /// Branches that can run at a time.
+    pub(crate) fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Most blocks that were held at a time.
+    pub(crate) fn most_blocks_used(&self) -> usize {
+        self.most_blocks_used
+    }
+
+    /// Queues a sequence, younger than all before it. All its branches at full length fit the cache and
+    /// the slots.
     pub(crate) fn add(&mut self, id: SequenceId, new: NewSequence) {
-        debug_assert!(new.prompt_ids.len() + new.max_new_tokens <= self.cache_tokens());
+        let prompt = Branch {
+            tokens: new.prompt_ids.clone(),
+            ..Branch::default()
+        };
         self.waiting.push_back(Sequence {
             id,
-            tokens: new.prompt_ids.clone(),
+            branches: vec![prompt],
             pending: 0,
-            computed: 0,
             observed: 0,
-            decoding: false,
+            in_slot: false,
             done: new.max_new_tokens == 0,
-            slot: 0,
-            block_table: Vec::new(),
+            slots: Vec::new(),
             new,
         });
     }
@@ -271,8 +450,8 @@ impl Scheduler {
         // A round that only sends sequences back to the queue is followed by one that takes them up.
         for _ in 0..2 {
             self.admit();
-            let prefill = self.running.iter().any(Sequence::prefills);
-            let decode = self.running.iter().any(Sequence::decodes);
+            let any = |phase| self.running.iter().any(|s| s.phase() == Some(phase));
+            let (prefill, decode) = (any(Phase::Prefill), any(Phase::Decode));
             let prefill_first = !decode || self.last_phase == Phase::Decode;
             let phases = match prefill && prefill_first {
                 true => [Phase::Prefill, Phase::Decode],
@@ -292,34 +471,64 @@ impl Scheduler {
                     continue;
                 }
                 step.executable = self.choose(phase, &step.extent())?;
+                step.copies.append(&mut self.copies);
                 self.last_phase = phase;
+                self.most_blocks_used = self.most_blocks_used.max(self.pool.used_blocks());
                 return Some(plan);
             }
         }
         None
     }
 
-    /// Takes note of the tokens that a step chose, `None` for those that were dropped or could not
-    /// be chosen. Returns each sequence that is still wanted, with its token.
-    pub(crate) fn collect(
-        &mut self,
-        plan: &Plan,
-        tokens: &[Option<u32>],
-    ) -> Vec<(SequenceId, Option<u32>)> {
-        let mut chosen = Vec::new();
-        let drawing = plan.sequences.iter().filter(|planned| planned.draws);
-        for (planned, &token) in drawing.zip(tokens) {
-            let Some(sequence) = self.find(planned.id) else {
-                continue;
-            };
-            sequence.pending -= 1;
-            if sequence.done {
-                continue;
-            }
-            sequence.tokens.extend(token);
-            chosen.push((planned.id, token));
+    /// Takes note of a token that a step chose, `None` where none could be. Returns whether the
+    /// sequence still wants one.
+    pub(crate) fn take(&mut self, id: SequenceId, token: Option<u32>) -> bool {
+        let Some(sequence) = self.find(id) else {
+            return false;
+        };
+        sequence.pending -= 1;
+        if sequence.done {
+            return false;
         }
-        chosen
+        if let Some(branch) = sequence.branches.first_mut() {
+            branch.tokens.extend(token);
+        }
+        true
+    }
+
+    /// How the token after those that are known is chosen.
+    pub(crate) fn draw(&self, id: SequenceId, branch: usize) -> Option<Draw<'_>> {
+        let all = self.running.iter().chain(&self.waiting);
+        let sequence = all.into_iter().find(|sequence| sequence.id == id)?;
+        let known = sequence.branches.get(branch)?.tokens.len();
+        Some(sequence.draw(branch, known - sequence.new.prompt_ids.len()))
+    }
+
+    /// Goes on with these branches, at least one and no more than there are slots. The sequence's rows
+    /// have been collected.
+    pub(crate) fn branch(&mut self, id: SequenceId, next: &[NextBranch]) {
+        let mut all = self.running.iter_mut().chain(&mut self.waiting);
+        let Some(sequence) = all.find(|sequence| sequence.id == id) else {
+            return;
+        };
+        let pool = &mut self.pool;
+        let mut continued = |&NextBranch { parent, id, score }: &NextBranch| {
+            let parent = &sequence.branches[parent];
+            let mut tokens = Vec::with_capacity(parent.tokens.len() + 1);
+            tokens.extend_from_slice(&parent.tokens);
+            tokens.push(id);
+            Branch {
+                tokens,
+                block_table: pool.share(&parent.block_table),
+                score,
+                ..*parent
+            }
+        };
+        let branches = next.iter().map(&mut continued).collect();
+        for mut branch in std::mem::replace(&mut sequence.branches, branches) {
+            branch.release(pool);
+        }
+        sequence.pending -= 1;
     }
 
     /// Chooses no further tokens for a sequence; what it still has to be fed for observation is fed.
@@ -334,8 +543,7 @@ impl Scheduler {
         self.waiting.retain(|sequence| sequence.id != id);
         if let Some(index) = self.running.iter().position(|sequence| sequence.id == id) {
             let mut sequence = self.running.remove(index);
-            self.pool.release(&mut sequence.block_table);
-            self.free_slots.push(sequence.slot);
+            self.retire(&mut sequence);
         }
     }
 
@@ -360,63 +568,91 @@ impl Scheduler {
     }
 
     /// Starts waiting sequences while there are slots, and blocks for all that they will be
-    /// prefilled with and for one more of every running one.
+    /// prefilled with and for one more of every running branch.
     fn admit(&mut self) {
-        while let Some(first) = self.waiting.front() {
-            let spare = self.running.len();
-            let fits = blocks_for(first.len()) + spare <= self.pool.free_blocks();
-            if first.pending > 0 || !fits {
+        let mut index = 0;
+        while let Some(sequence) = self.waiting.get(index) {
+            if sequence
+                .new
+                .after
+                .is_some_and(|other| self.is_coming(other))
+            {
+                index += 1;
+                continue;
+            }
+            let slots = sequence.new.pick.slots();
+            if sequence.pending > 0 || slots > self.free_slots.len() {
                 return;
             }
-            let Some(slot) = self.free_slots.pop() else {
+            let start = Start::of(sequence, &self.pool);
+            let branches = self.running.iter().map(|other| other.branches.len());
+            let spare: usize = branches.sum();
+            if start.blocks + spare > self.pool.free_blocks() {
+                return;
+            }
+            let Some(mut sequence) = self.waiting.remove(index) else {
                 return;
             };
-            let Some(mut sequence) = self.waiting.pop_front() else {
-                return;
-            };
-            let len = sequence.len();
-            let grown = self.pool.grow(&mut sequence.block_table, len);
-            debug_assert!(grown, "blocks were counted above");
-            sequence.slot = slot;
+            start.take(&mut sequence, &mut self.pool, &mut self.copies);
+            let slots = self.free_slots.len() - slots..;
+            sequence.slots = self.free_slots.drain(slots).collect();
             let place = self.running.partition_point(|other| other.id < sequence.id);
             self.running.insert(place, sequence);
         }
     }
 
+    /// Whether a sequence's prompt will be in the cache, and is not yet.
+    fn is_coming(&self, id: SequenceId) -> bool {
+        let is_prefilled = |sequence: &Sequence| {
+            let computed = sequence.branches.first().map_or(0, |b| b.computed);
+            computed >= sequence.new.prompt_ids.len()
+        };
+        let running = self.running.iter().find(|sequence| sequence.id == id);
+        match running {
+            Some(sequence) => !is_prefilled(sequence),
+            None => self.waiting.iter().any(|sequence| sequence.id == id),
+        }
+    }
+
     /// Sends the youngest running sequence back to the front of the queue.
     fn preempt_youngest(&mut self) {
-        let Some(mut sequence) = self.running.pop() else {
-            return;
-        };
-        self.pool.release(&mut sequence.block_table);
-        self.free_slots.push(sequence.slot);
-        sequence.computed = 0;
-        sequence.decoding = false;
-        self.waiting.push_front(sequence);
+        if let Some(mut sequence) = self.running.pop() {
+            self.retire(&mut sequence);
+            self.waiting.push_front(sequence);
+        }
+    }
+
+    /// Takes blocks and slots from a sequence.
+    fn retire(&mut self, sequence: &mut Sequence) {
+        for branch in &mut sequence.branches {
+            branch.release(&mut self.pool);
+        }
+        sequence.in_slot = false;
+        self.free_slots.append(&mut sequence.slots);
     }
 
     fn fill_prefill(&mut self, step: &mut Step, plan: &mut Plan) {
         let mut extent = Extent::default();
         let bounds = &self.prefill;
-        for sequence in self
-            .running
-            .iter_mut()
-            .filter(|sequence| sequence.prefills())
-        {
+        let prefills = |sequence: &&mut Sequence| sequence.phase() == Some(Phase::Prefill);
+        for sequence in self.running.iter_mut().filter(prefills) {
             let tokens_left = bounds.max_tokens as usize - extent.tokens;
             let rows_left = bounds.max_logit_rows as usize - extent.logit_rows;
             if tokens_left == 0 || extent.sequences == bounds.max_sequences as usize {
                 break;
             }
-            let mut len = sequence.remaining().min(tokens_left);
-            let draws = len == sequence.remaining() && sequence.draws_more();
-            if sequence.logit_rows(len, draws).count(len) > rows_left {
+            let Some((branch, lacking)) = sequence.to_prefill() else {
+                continue;
+            };
+            let start = sequence.branches[branch].computed;
+            let mut len = lacking.min(tokens_left);
+            if sequence.logit_rows(start, len).count(len) > rows_left {
                 len = rows_left;
             }
             if len == 0 {
                 break;
             }
-            sequence.feed(len, step, plan);
+            sequence.feed(branch..branch + 1, len, &mut self.pool, step, plan);
             if let Some(planned) = plan.sequences.last() {
                 extent.add(planned.start, len, planned.logit_rows);
             }
@@ -426,18 +662,88 @@ impl Scheduler {
     fn fill_decode(&mut self, step: &mut Step, plan: &mut Plan) {
         let mut index = 0;
         while let Some(sequence) = self.running.get_mut(index) {
-            if !sequence.decodes() {
+            if sequence.phase() != Some(Phase::Decode) {
                 index += 1;
-            } else if self
-                .pool
-                .grow(&mut sequence.block_table, sequence.computed + 1)
-            {
-                sequence.feed(1, step, plan);
+                continue;
+            }
+            let (pool, copies) = (&mut self.pool, &mut self.copies);
+            let ready = sequence.branches.iter_mut().all(|branch| {
+                let new = branch.computed..branch.computed + 1;
+                pool.prepare(&mut branch.block_table, new, copies)
+            });
+            if ready {
+                sequence.feed(0..sequence.branches.len(), 1, pool, step, plan);
                 index += 1;
             } else {
                 // The youngest is this one or one that comes later: none that is in the step.
                 self.preempt_youngest();
             }
+        }
+    }
+}
+
+/// What a sequence starts to run from: nothing, or what the cache has of it.
+struct Start {
+    prefix: Prefix,
+    /// For each further branch, one before it and the whole blocks that they have in common.
+    shared: Vec<(usize, usize)>,
+    /// Blocks that it takes.
+    blocks: usize,
+}
+
+impl Start {
+    fn of(sequence: &Sequence, pool: &BlockPool) -> Start {
+        let len = sequence.len();
+        let Some((first, further)) = sequence.branches.split_first() else {
+            return Start {
+                prefix: Prefix::default(),
+                shared: Vec::new(),
+                blocks: 0,
+            };
+        };
+        let prefix = pool.find_prefix(&first.tokens[..sequence.reusable()]);
+        let mut blocks = pool.blocks_to_take(&prefix, len);
+        let mut shared = Vec::new();
+        for (before, branch) in (1..).zip(further) {
+            // All but the last token, which is fed.
+            let tokens = &branch.tokens[..len - 1];
+            let in_common = |other: &Branch| {
+                let same = tokens.iter().zip(&other.tokens).take_while(|(a, b)| a == b);
+                same.count() / kiln_bundle::BLOCK_TOKENS
+            };
+            let others = sequence.branches[..before]
+                .iter()
+                .map(in_common)
+                .enumerate();
+            let (other, whole) = others.max_by_key(|&(_, whole)| whole).unwrap_or_default();
+            blocks += blocks_for(len) - whole;
+            shared.push((other, whole));
+        }
+        Start {
+            prefix,
+            shared,
+            blocks,
+        }
+    }
+
+    /// Gives the sequence its blocks, of which there are enough.
+    fn take(&self, sequence: &mut Sequence, pool: &mut BlockPool, copies: &mut Vec<BlockCopy>) {
+        let len = sequence.len();
+        for index in 0..sequence.branches.len() {
+            let (table, computed) = match index.checked_sub(1) {
+                None => (pool.take_prefix(&self.prefix, copies), self.prefix.tokens()),
+                Some(further) => {
+                    let (other, whole) = self.shared[further];
+                    let table = pool.share(&sequence.branches[other].block_table[..whole]);
+                    (table, whole * kiln_bundle::BLOCK_TOKENS)
+                }
+            };
+            let branch = &mut sequence.branches[index];
+            branch.block_table = table;
+            branch.computed = computed;
+            branch.recorded = computed;
+            let ready = pool.prepare(&mut branch.block_table, computed..len, copies);
+            debug_assert!(ready, "blocks were counted above");
         }
     }
 }

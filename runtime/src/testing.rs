@@ -3,7 +3,7 @@
 use crate::device::{
     Device, DeviceError, DeviceFacts, MemoryNeed, Step, StepId, StepOutput, Tokens,
 };
-use crate::sampling::Sampler;
+use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
     SelfTest, Target, packing::Layout,
@@ -167,6 +167,11 @@ impl Device for FakeDevice {
             "{:?}",
             step.extent()
         );
+        for copy in &step.copies {
+            let block = |index: u32| index as usize * BLOCK_TOKENS;
+            let from = block(copy.from)..block(copy.from) + BLOCK_TOKENS;
+            self.cache.copy_within(from, block(copy.to));
+        }
         let mut output = StepOutput::default();
         let tokens = step.extent().tokens;
         output.hidden_states = vec![0.0; (LAYERS + 1) as usize * tokens * HIDDEN as usize];
@@ -203,7 +208,14 @@ impl Device for FakeDevice {
                     output.logits.extend_from_slice(&logits);
                 }
             }
-            if let Some(draw) = sequence.draw {
+            let Some(draw) = sequence.draw else {
+                continue;
+            };
+            if let Some(beam) = &draw.beam {
+                let taken = Taken::default();
+                let continuations = self.sampler.continuations(&logits, &draw, beam, &taken);
+                output.continuations.push(continuations);
+            } else {
                 let token = self.sampler.sample(&logits, &draw);
                 self.last_sampled[sequence.slot as usize] = token.unwrap_or(0);
                 output.tokens.push(token);

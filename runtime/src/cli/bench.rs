@@ -138,15 +138,15 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     };
 
     let progress = ProgressBar::new(u64::from(args.repeat) + 1);
-    run_batch(&mut engine, args)?;
+    run_batch(&mut engine, args, 0)?;
     progress.inc(1);
     // Before the buffer that bandwidth is measured with adds to it.
     let peak_resident_bytes = peak_resident_bytes();
     let mut runs = Vec::new();
-    for _ in 0..args.repeat {
+    for run in 1..=args.repeat {
         let bandwidth_gb_per_s = engine.read_bandwidth();
         let before = engine.stats();
-        run_batch(&mut engine, args)?;
+        run_batch(&mut engine, args, run)?;
         let after = engine.stats();
         runs.push(Run {
             prefill: since(before.prefill, after.prefill),
@@ -177,13 +177,15 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prompts of arbitrary, different tokens, run to their full length.
-fn run_batch(engine: &mut Engine, args: &BenchArgs) -> anyhow::Result<()> {
+/// Prompts of arbitrary, different tokens, run to their full length. Those of other runs are different
+/// too, so that none of them is found in the cache.
+fn run_batch(engine: &mut Engine, args: &BenchArgs, run: u32) -> anyhow::Result<()> {
     // Ids that every vocabulary of these models has.
     const IDS: u32 = 200;
     for sequence in 0..args.batch {
         let id = |position: u32| {
-            3 + (position.wrapping_mul(7919) ^ sequence.wrapping_mul(104_729)) % IDS
+            let prompt = sequence.wrapping_add(run.wrapping_mul(1009));
+            3 + (position.wrapping_mul(7919) ^ prompt.wrapping_mul(104_729)) % IDS
         };
         let mut request = Request::new(Prompt::Ids((0..args.prompt_len).map(id).collect()));
         request.max_new_tokens = Some(args.gen_len);

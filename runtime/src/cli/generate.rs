@@ -3,12 +3,11 @@
 use super::interrupt;
 use super::output::{Printed, Printer, TensorFile};
 use super::requests::{self, Line};
-use super::settings::{Settings, Wanted};
+use super::settings::Settings;
 use super::{DeviceArgs, Loaded, describe, load, read_file};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
-use kiln_runtime::device::Observe;
-use kiln_runtime::{Completion, Engine, Event, Prompt, Request, RequestError, RequestId};
+use kiln_runtime::{Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId};
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
@@ -49,6 +48,19 @@ pub(super) struct GenerateArgs {
     /// output, then each layer's; the positions are those of --output-logits
     #[arg(long, value_name = "FILE")]
     output_hidden_states: Option<PathBuf>,
+    /// Of the hidden states, those of these layers alone, in this order; 0 is the embedding output
+    #[arg(
+        long,
+        value_name = "LAYER,...",
+        value_delimiter = ',',
+        requires = "output_hidden_states"
+    )]
+    hidden_layers: Option<Vec<u32>>,
+    /// Writes f32 tensors scores.<request index> (new tokens, vocabulary): what each token was chosen by,
+    /// the logits as penalties and biases left them, and where it was sampled over the temperature and
+    /// with -inf for what was cut
+    #[arg(long, value_name = "FILE")]
+    output_scores: Option<PathBuf>,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -57,8 +69,10 @@ pub(super) struct GenerateArgs {
 /// The tensors that were asked for.
 struct Files {
     logits: Option<TensorFile>,
+    scores: Option<TensorFile>,
     hidden_states: Option<TensorFile>,
     vocab_size: usize,
+    /// Of which hidden states are written.
     layers: usize,
     hidden_size: usize,
 }
@@ -67,28 +81,23 @@ struct Files {
 struct Asked {
     place: String,
     request: Request,
-    wanted: Wanted,
 }
 
 /// A request that runs.
 struct Running {
-    wanted: Wanted,
-    /// The text before each of its results.
-    echo: String,
-    /// Generations that are not done.
-    left: usize,
-    /// Those that are, by their index; none for one that failed.
-    done: Vec<Option<Completion>>,
+    echo: bool,
+    /// The text before each of its results, where they are echoed.
+    echo_text: String,
+    /// Whether its text is printed as it comes.
+    streams: bool,
 }
 
 pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
-    let observe = Observe {
-        logits: args.output_logits.is_some(),
-        hidden_states: args.output_hidden_states.is_some(),
-    };
-    let requests = read_requests(&args, observe)?;
+    let requests = read_requests(&args)?;
     if args.input.is_none()
-        && let Some(error) = requests.iter().find_map(|asked| asked.check().err())
+        && let Some(error) = requests
+            .iter()
+            .find_map(|asked| asked.request.check().err())
     {
         // These came from flags alone.
         eprintln!("error: {error}");
@@ -108,19 +117,16 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         batch.submit(asked, &mut engine)?;
     }
     let model = &bundle.manifest().model;
+    let file = |path: &Option<PathBuf>| path.as_deref().map(TensorFile::create).transpose();
     let mut files = Files {
-        logits: args
-            .output_logits
-            .as_deref()
-            .map(TensorFile::create)
-            .transpose()?,
-        hidden_states: args
-            .output_hidden_states
-            .as_deref()
-            .map(TensorFile::create)
-            .transpose()?,
+        logits: file(&args.output_logits)?,
+        scores: file(&args.output_scores)?,
+        hidden_states: file(&args.output_hidden_states)?,
         vocab_size: model.vocab_size as usize,
-        layers: model.layers as usize,
+        layers: match &args.hidden_layers {
+            Some(layers) => layers.len(),
+            None => model.layers as usize + 1,
+        },
         hidden_size: model.hidden_size as usize,
     };
     let mut printer = Printer::new(io::stdout().lock(), args.json, load_time);
@@ -130,9 +136,8 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         eprintln!("interrupted: {done} of {all} prompts done");
         return Ok(interrupt::exit_code());
     }
-    for file in [files.logits, files.hidden_states].into_iter().flatten() {
-        file.finish()?;
-    }
+    let all = [files.logits, files.scores, files.hidden_states];
+    all.into_iter().flatten().try_for_each(TensorFile::finish)?;
     Ok(if failed {
         ExitCode::FAILURE
     } else {
@@ -141,11 +146,23 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The requests, in their order.
-fn read_requests(args: &GenerateArgs, observe: Observe) -> anyhow::Result<Vec<Asked>> {
+fn read_requests(args: &GenerateArgs) -> anyhow::Result<Vec<Asked>> {
+    let outputs = Outputs {
+        logits: args.output_logits.is_some(),
+        scores: args.output_scores.is_some(),
+        hidden_states: match (&args.output_hidden_states, &args.hidden_layers) {
+            (None, _) => Layers::None,
+            (Some(_), None) => Layers::All,
+            (Some(_), Some(layers)) => Layers::Of(layers.clone()),
+        },
+        embedding: None,
+    };
     let asked = |place: String, prompt: Prompt, settings: &Settings| Asked {
         place,
-        request: settings.request(prompt, observe),
-        wanted: settings.wanted(),
+        request: Request {
+            outputs: outputs.clone(),
+            ..settings.request(prompt)
+        },
     };
     if let Some(path) = &args.input {
         let name = path.display();
@@ -179,46 +196,30 @@ fn read_requests(args: &GenerateArgs, observe: Observe) -> anyhow::Result<Vec<As
     Ok(vec![asked(place, prompt, &args.settings)])
 }
 
-impl Asked {
-    fn check(&self) -> Result<(), RequestError> {
-        self.request.check()?;
-        self.wanted.choices.check(&self.request)
-    }
-}
-
 /// The requests that run together.
 #[derive(Default)]
 struct Batch {
     running: Vec<Running>,
-    /// Index of the request, and of the generation in it.
-    owners: HashMap<RequestId, (usize, usize)>,
+    /// Index of the request.
+    indices: HashMap<RequestId, usize>,
 }
 
 impl Batch {
     fn submit(&mut self, asked: Asked, engine: &mut Engine) -> anyhow::Result<()> {
-        asked.check().with_context(|| asked.place.clone())?;
-        let Asked {
-            place,
-            request,
-            wanted,
-        } = asked;
-        let generations = wanted.choices.requests(&request);
-        let left = generations.len();
-        for (index, generation) in generations.into_iter().enumerate() {
-            let id = engine.submit(generation).with_context(|| place.clone())?;
-            self.owners.insert(id, (self.running.len(), index));
-        }
-        let echo = match (wanted.echo, request.prompt, engine.tokenizer()) {
-            (true, Prompt::Text(text), _) => text,
-            (true, Prompt::Ids(ids), Some(tokenizer)) => tokenizer.decode(&ids)?,
+        let Asked { place, request } = asked;
+        let echo_text = match (request.echo, &request.prompt, engine.tokenizer()) {
+            (true, Prompt::Text(text), _) => text.clone(),
+            (true, Prompt::Ids(ids), Some(tokenizer)) => tokenizer.decode(ids)?,
             _ => String::new(),
         };
-        self.running.push(Running {
-            wanted,
-            echo,
-            left,
-            done: vec![None; left],
-        });
+        let running = Running {
+            echo: request.echo,
+            echo_text,
+            streams: request.choices.generated == 1 && request.beams.is_none(),
+        };
+        let id = engine.submit(request).with_context(|| place)?;
+        self.indices.insert(id, self.running.len());
+        self.running.push(running);
         Ok(())
     }
 
@@ -231,8 +232,8 @@ impl Batch {
     ) -> anyhow::Result<bool> {
         let mut failed = false;
         for (index, running) in self.running.iter().enumerate() {
-            if running.streams() {
-                printer.text(index, &running.echo)?;
+            if running.streams {
+                printer.text(index, &running.echo_text)?;
             }
         }
         while !engine.is_idle() {
@@ -243,19 +244,32 @@ impl Batch {
             for event in engine.step()? {
                 match event {
                     Event::Token(token) => {
-                        let index = self.owner(token.request).0;
-                        if self.running.get(index).is_some_and(Running::streams) {
+                        let index = self.index(token.request);
+                        if self
+                            .running
+                            .get(index)
+                            .is_some_and(|running| running.streams)
+                        {
                             printer.text(index, &token.text)?;
                         }
                     }
                     Event::Finished(completion) => {
-                        let owner = self.owner(completion.request);
-                        self.end(owner, Some(*completion), engine, printer, files)?;
+                        let index = self.index(completion.request);
+                        if let Some(running) = self.running.get(index) {
+                            let printed = Printed {
+                                completion: &completion,
+                                echo: running.echo,
+                                echo_text: &running.echo_text,
+                                streamed: running.streams,
+                            };
+                            printer.finished(index, &printed, engine.tokenizer())?;
+                        }
+                        files.take(index, *completion);
                     }
                     Event::Failed { request, error } => {
-                        let owner = self.owner(request);
-                        eprintln!("error: request {}: {}", owner.0, describe(&error.into()));
-                        self.end(owner, None, engine, printer, files)?;
+                        let index = self.index(request);
+                        eprintln!("error: request {index}: {}", describe(&error.into()));
+                        printer.failed(index)?;
                         failed = true;
                     }
                 }
@@ -264,66 +278,27 @@ impl Batch {
         Ok(failed)
     }
 
-    fn owner(&self, id: RequestId) -> (usize, usize) {
-        self.owners.get(&id).copied().unwrap_or_default()
-    }
-
-    /// Takes note of a generation's end, and prints the request where it was the last.
-    fn end(
-        &mut self,
-        (index, generation): (usize, usize),
-        completion: Option<Completion>,
-        engine: &Engine,
-        printer: &mut Printer<io::StdoutLock<'_>>,
-        files: &mut Files,
-    ) -> anyhow::Result<()> {
-        let Some(running) = self.running.get_mut(index) else {
-            return Ok(());
-        };
-        running.left -= 1;
-        if let Some(done) = running.done.get_mut(generation) {
-            *done = completion;
-        }
-        if running.left > 0 {
-            return Ok(());
-        }
-        let all = std::mem::take(&mut running.done).into_iter().flatten();
-        let best = running.wanted.choices.best(all.collect());
-        if best.is_empty() {
-            printer.failed(index)?;
-            return Ok(());
-        }
-        let result = Printed {
-            choices: &best,
-            logprobs: running.wanted.logprobs,
-            echo: running.wanted.echo,
-            echo_text: &running.echo,
-            streamed: running.streams(),
-        };
-        printer.finished(index, &result, engine.tokenizer())?;
-        for completion in best {
-            files.take(index, completion);
-        }
-        Ok(())
-    }
-}
-
-impl Running {
-    /// Whether its text can be printed as it comes.
-    fn streams(&self) -> bool {
-        self.wanted.choices.generated == 1
+    fn index(&self, id: RequestId) -> usize {
+        self.indices.get(&id).copied().unwrap_or_default()
     }
 }
 
 impl Files {
     fn take(&mut self, index: usize, completion: Completion) {
+        // Requests of which tensors are written have one.
+        let Some(choice) = completion.choices.into_iter().next() else {
+            return;
+        };
+        let rows = [None, Some(self.vocab_size)];
         if let Some(file) = &mut self.logits {
-            let shape = [None, Some(self.vocab_size)];
-            file.add(format!("logits.{index}"), &shape, completion.logits);
+            file.add(format!("logits.{index}"), &rows, choice.logits);
+        }
+        if let Some(file) = &mut self.scores {
+            file.add(format!("scores.{index}"), &rows, choice.scores);
         }
         if let Some(file) = &mut self.hidden_states {
-            let shape = [Some(self.layers + 1), None, Some(self.hidden_size)];
-            file.add(format!("hidden.{index}"), &shape, completion.hidden_states);
+            let shape = [Some(self.layers), None, Some(self.hidden_size)];
+            file.add(format!("hidden.{index}"), &shape, choice.hidden_states);
         }
     }
 }

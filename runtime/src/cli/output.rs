@@ -2,7 +2,7 @@
 
 use super::milliseconds;
 use anyhow::Context;
-use kiln_runtime::{Completion, TokenLogprob, Tokenizer, TokenizerError};
+use kiln_runtime::{Choice, Completion, TokenLogprob, Tokenizer, TokenizerError};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
@@ -68,8 +68,8 @@ impl<W: Write> Printer<W> {
         } else if printed.streamed {
             "\n".to_owned()
         } else {
-            let line = |choice: &Completion| format!("{}{}\n", printed.echo_text, choice.text);
-            printed.choices.iter().map(line).collect()
+            let line = |choice: &Choice| format!("{}{}\n", printed.echo_text, choice.text);
+            printed.completion.choices.iter().map(line).collect()
         };
         self.later.entry(index).or_default().done = Some(end);
         Ok(self.flush()?)
@@ -119,11 +119,8 @@ fn stdout_error(error: io::Error) -> io::Error {
 
 /// A request's result, and what is to be seen of it.
 pub(super) struct Printed<'a> {
-    /// At least one.
-    pub(super) choices: &'a [Completion],
-    /// Whether log-probabilities are.
-    pub(super) logprobs: bool,
-    /// Whether the prompt is.
+    pub(super) completion: &'a Completion,
+    /// Whether the prompt is to be seen.
     pub(super) echo: bool,
     /// Its text.
     pub(super) echo_text: &'a str,
@@ -135,17 +132,17 @@ pub(super) struct Printed<'a> {
 #[derive(Serialize)]
 struct Line<'a> {
     prompt_ids: &'a [u32],
-    choices: Vec<Choice<'a>>,
+    choices: Vec<LineChoice<'a>>,
     usage: Usage,
     timing: Timing,
 }
 
 #[derive(Serialize)]
-struct Choice<'a> {
+struct LineChoice<'a> {
     ids: &'a [u32],
     text: String,
     finish_reason: &'static str,
-    /// The log-probability of `ids`, where it is known.
+    /// As in [`Choice`].
     score: Option<f32>,
     logprobs: Option<LogprobLists>,
 }
@@ -178,6 +175,8 @@ struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    /// Of the prompt, those whose keys and values were still in the cache.
+    cached_tokens: usize,
 }
 
 #[derive(Serialize)]
@@ -193,45 +192,49 @@ impl<'a> Line<'a> {
         load_time: Duration,
         tokenizer: Option<&Tokenizer>,
     ) -> Result<Line<'a>, TokenizerError> {
-        let completions = printed.choices;
-        let prompt_ids = completions.first().map_or(&[][..], |c| &c.prompt_ids);
-        let choice = |completion: &'a Completion| {
-            let logprobs = printed
-                .logprobs
-                .then(|| LogprobLists::new(completion, printed.echo, tokenizer));
-            Ok(Choice {
-                ids: &completion.ids,
-                text: format!("{}{}", printed.echo_text, completion.text),
-                finish_reason: completion.finish_reason.name(),
-                score: completion.score(),
+        let completion = printed.completion;
+        let choice = |choice: &'a Choice| {
+            let logprobs = choice.logprobs.as_ref().map(|generated| {
+                let prompt = printed.echo.then_some(completion);
+                LogprobLists::new(prompt, generated, tokenizer)
+            });
+            Ok(LineChoice {
+                ids: &choice.ids,
+                text: format!("{}{}", printed.echo_text, choice.text),
+                finish_reason: choice.finish_reason.name(),
+                score: choice.score,
                 logprobs: logprobs.transpose()?,
             })
         };
-        let completion_tokens = completions.iter().map(|c| c.ids.len()).sum();
-        let longest = |time: fn(&Completion) -> Duration| {
-            milliseconds(completions.iter().map(time).max().unwrap_or_default())
-        };
+        let prompt_tokens = completion.prompt_ids.len();
+        let completion_tokens = completion.choices.iter().map(|c| c.ids.len()).sum();
         Ok(Line {
-            prompt_ids,
-            choices: completions.iter().map(choice).collect::<Result<_, _>>()?,
+            prompt_ids: &completion.prompt_ids,
+            choices: completion
+                .choices
+                .iter()
+                .map(choice)
+                .collect::<Result<_, _>>()?,
             usage: Usage {
-                prompt_tokens: prompt_ids.len(),
+                prompt_tokens,
                 completion_tokens,
-                total_tokens: prompt_ids.len() + completion_tokens,
+                total_tokens: prompt_tokens + completion_tokens,
+                cached_tokens: completion.cached_tokens,
             },
             timing: Timing {
                 load_ms: milliseconds(load_time),
-                prefill_ms: longest(|completion| completion.timing.prefill),
-                decode_ms: longest(|completion| completion.timing.decode),
+                prefill_ms: milliseconds(completion.timing.prefill),
+                decode_ms: milliseconds(completion.timing.decode),
             },
         })
     }
 }
 
 impl LogprobLists {
+    /// Those of generated tokens, behind those of the prompt where it is given.
     fn new(
-        completion: &Completion,
-        echo: bool,
+        prompt: Option<&Completion>,
+        generated: &[TokenLogprob],
         tokenizer: Option<&Tokenizer>,
     ) -> Result<LogprobLists, TokenizerError> {
         let mut lists = LogprobLists {
@@ -240,15 +243,13 @@ impl LogprobLists {
             token_logprobs: Vec::new(),
             top_logprobs: Vec::new(),
         };
-        if echo && let Some(&first) = completion.prompt_ids.first() {
+        if let Some(&first) = prompt.and_then(|prompt| prompt.prompt_ids.first()) {
             lists.token_ids.push(first);
             lists.token_logprobs.push(None);
             lists.top_logprobs.push(None);
         }
-        let logprobs = completion.logprobs.iter();
-        for TokenLogprob { id, logprob, top } in
-            logprobs.flat_map(|l| l.prompt.iter().chain(&l.generated))
-        {
+        let prompt = prompt.map_or(&[][..], |prompt| &prompt.prompt_logprobs);
+        for TokenLogprob { id, logprob, top } in prompt.iter().chain(generated) {
             lists.token_ids.push(*id);
             lists.token_logprobs.push(Some(*logprob));
             lists.top_logprobs.push(Some(Top(top.clone())));
@@ -329,26 +330,36 @@ impl Drop for TensorFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kiln_runtime::{FinishReason, Logprobs, RequestId};
+    use kiln_runtime::{FinishReason, RequestId};
 
-    fn completion(text: &str) -> Completion {
-        Completion {
-            request: RequestId(0),
-            prompt_ids: vec![2, 713],
+    fn choice(text: &str) -> Choice {
+        Choice {
             ids: vec![16, 2],
             text: text.to_owned(),
             finish_reason: FinishReason::Stop,
+            score: None,
             logprobs: None,
             logits: Vec::new(),
+            scores: Vec::new(),
             hidden_states: Vec::new(),
+        }
+    }
+
+    fn completion(choices: &[Choice]) -> Completion {
+        Completion {
+            request: RequestId(0),
+            prompt_ids: vec![2, 713],
+            cached_tokens: 0,
+            prompt_logprobs: Vec::new(),
+            embedding: Vec::new(),
+            choices: choices.to_vec(),
             timing: Default::default(),
         }
     }
 
-    fn printed(choices: &[Completion]) -> Printed<'_> {
+    fn printed(completion: &Completion) -> Printed<'_> {
         Printed {
-            choices,
-            logprobs: false,
+            completion,
             echo: false,
             echo_text: "",
             streamed: true,
@@ -362,7 +373,7 @@ mod tests {
         assert_eq!(printer.out, b"");
         printer.text(0, "a").unwrap();
         assert_eq!(printer.out, b"a");
-        let (first, second) = ([completion("a")], [completion("B")]);
+        let (first, second) = (completion(&[choice("a")]), completion(&[choice("B")]));
         printer.finished(1, &printed(&second), None).unwrap();
         printer.finished(0, &printed(&first), None).unwrap();
         assert_eq!(printer.out, b"a\nB\n");
@@ -374,7 +385,7 @@ mod tests {
     #[test]
     fn several_choices_are_a_line_each() {
         let mut printer = Printer::new(Vec::new(), false, Duration::ZERO);
-        let choices = [completion(" x"), completion(" y")];
+        let choices = completion(&[choice(" x"), choice(" y")]);
         let several = Printed {
             echo_text: "So",
             streamed: false,
@@ -388,13 +399,13 @@ mod tests {
     fn json_is_as_the_contract_says() {
         let mut printer = Printer::new(Vec::new(), true, Duration::from_millis(5));
         printer.text(0, "never printed").unwrap();
-        let choices = [completion(" is")];
+        let choices = completion(&[choice(" is")]);
         printer.finished(0, &printed(&choices), None).unwrap();
         assert_eq!(
             String::from_utf8(printer.out).unwrap(),
             "{\"prompt_ids\":[2,713],\"choices\":[{\"ids\":[16,2],\"text\":\" is\",\
              \"finish_reason\":\"stop\",\"score\":null,\"logprobs\":null}],\
-             \"usage\":{\"prompt_tokens\":2,\"completion_tokens\":2,\"total_tokens\":4},\
+             \"usage\":{\"prompt_tokens\":2,\"completion_tokens\":2,\"total_tokens\":4,\"cached_tokens\":0},\
              \"timing\":{\"load_ms\":5.0,\"prefill_ms\":0.0,\"decode_ms\":0.0}}\n"
         );
     }
@@ -406,14 +417,16 @@ mod tests {
             logprob,
             top: vec![(16, -0.25), (9, -2.5)],
         };
-        let mut choices = [completion(" is")];
-        choices[0].logprobs = Some(Logprobs {
-            prompt: vec![token(713, -1.0)],
-            generated: vec![token(16, -0.25), token(2, -3.0)],
-        });
+        let choices = Completion {
+            prompt_logprobs: vec![token(713, -1.0)],
+            ..completion(&[Choice {
+                score: Some(-3.25),
+                logprobs: Some(vec![token(16, -0.25), token(2, -3.0)]),
+                ..choice(" is")
+            }])
+        };
         let mut printer = Printer::new(Vec::new(), true, Duration::ZERO);
         let result = Printed {
-            logprobs: true,
             echo: true,
             echo_text: "So",
             ..printed(&choices)

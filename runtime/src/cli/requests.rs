@@ -1,7 +1,7 @@
 //! `requests.jsonl`: one request a line, `prompt` or `prompt_ids` and any generation flag under its
 //! long name with underscores. Flags of the command line hold where a line is silent.
 
-use super::settings::{Ids, Settings};
+use super::settings::{Ids, Settings, StopEarly};
 use kiln_runtime::{Prompt, SequenceBias};
 use serde_json::{Map, Value};
 
@@ -102,6 +102,11 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
         }
         "logprobs" => settings.logprobs = Some(unsigned(value)?),
         "echo" => settings.echo = flag(value)?,
+        "num_beams" => settings.num_beams = Some(unsigned(value)?),
+        "length_penalty" => settings.length_penalty = Some(float(value)?),
+        "early_stopping" => settings.early_stopping = Some(early_stopping(value)?),
+        "num_beam_groups" => settings.num_beam_groups = Some(unsigned(value)?),
+        "diversity_penalty" => settings.diversity_penalty = Some(float(value)?),
         "num_return_sequences" => settings.num_return_sequences = Some(unsigned(value)?),
         "best_of" => settings.best_of = Some(unsigned(value)?),
         "stop" => {
@@ -119,7 +124,8 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
                  repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, \
                  logit_bias, sequence_bias, bad_words_ids, suppress_tokens, begin_suppress_tokens, \
                  forced_bos_token_id, forced_eos_token_id, exponential_decay_length_penalty, stop, \
-                 stop_token_ids, ignore_eos, logprobs, echo, num_return_sequences, best_of"
+                 stop_token_ids, ignore_eos, logprobs, echo, num_beams, length_penalty, \
+                 early_stopping, num_beam_groups, diversity_penalty, num_return_sequences, best_of"
                     .to_owned(),
             );
         }
@@ -144,6 +150,15 @@ fn flag(value: &Value) -> Result<bool, String> {
     value
         .as_bool()
         .ok_or_else(|| unexpected("true or false", value))
+}
+
+fn early_stopping(value: &Value) -> Result<StopEarly, String> {
+    match value {
+        Value::Bool(true) => Ok(StopEarly::True),
+        Value::Bool(false) => Ok(StopEarly::False),
+        Value::String(word) if word == "never" => Ok(StopEarly::Never),
+        other => Err(unexpected("true, false or \"never\"", other)),
+    }
 }
 
 fn ids(value: &Value) -> Result<Ids, String> {
@@ -266,7 +281,7 @@ mod tests {
         assert_eq!(settings.exponential_decay_length_penalty, Some((7, 1.25)));
         assert_eq!(settings.repetition_penalty, Some(1.5));
         assert_eq!((settings.logprobs, settings.echo), (Some(3), true));
-        assert_eq!(settings.wanted().choices.generated, 4);
+        assert_eq!(settings.best_of, Some(4));
     }
 
     #[test]
@@ -285,8 +300,12 @@ mod tests {
             "field \"prompt_ids\": [1]: expected an unsigned integer of 32 bits, found -2",
         );
         fails(
-            "{\"prompt\": \"a\", \"num_beams\": 4}",
-            "field \"num_beams\": unknown; known are",
+            "{\"prompt\": \"a\", \"num_bears\": 4}",
+            "field \"num_bears\": unknown; known are",
+        );
+        fails(
+            "{\"prompt\": \"a\", \"early_stopping\": \"ever\"}",
+            "field \"early_stopping\": expected true, false or \"never\", found a string",
         );
         fails(
             "{\"prompt\": \"a\", \"top_p\": \"x\"}",

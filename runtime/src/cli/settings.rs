@@ -2,8 +2,8 @@
 
 use kiln_runtime::ranges::{self, Range};
 use kiln_runtime::{
-    Choices, DEFAULT_MAX_NEW_TOKENS, MAX_CHOICES, MAX_LOGPROBS, Processors, Prompt, Request,
-    SamplingParams, SequenceBias, device::Observe,
+    BeamParams, Choices, DEFAULT_MAX_NEW_TOKENS, EarlyStopping, MAX_BEAMS, MAX_CHOICES,
+    MAX_LOGPROBS, Processors, Prompt, Request, SamplingParams, SequenceBias,
 };
 
 /// How to generate. Without --temperature, --top-k, --top-p, --min-p, --typical-p, --epsilon-cutoff,
@@ -22,7 +22,7 @@ pub(super) struct Settings {
     pub(super) min_length: Option<u32>,
     /// Divides the logits; 0 always takes the likeliest token [default: 0, or 1 with any of
     /// --top-k, --top-p, --min-p, --typical-p, --epsilon-cutoff, --eta-cutoff, --seed]
-    #[arg(long, value_name = "T", value_parser = |t: &str| number(t, &ranges::TEMPERATURE),
+    #[arg(long, value_name = "T", value_parser = |t: &str| number(t, &ranges::NOT_NEGATIVE),
           allow_negative_numbers = true)]
     pub(super) temperature: Option<f32>,
     /// Samples from the K likeliest tokens; 0 is all [default: 0]
@@ -108,7 +108,30 @@ pub(super) struct Settings {
     /// Begins the text with the prompt, and the log-probabilities with the prompt's
     #[arg(long)]
     pub(super) echo: bool,
-    /// Samples so many continuations of a prompt [default: 1]
+    /// Searches with so many beams; 1 generates token by token. With a temperature above 0, or any of
+    /// the flags that sample, their continuations are drawn [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_BEAMS)))]
+    pub(super) num_beams: Option<u32>,
+    /// With beams: divides a sequence's score by this power of its length; above 0 favours long ones
+    /// [default: 1]
+    #[arg(long, value_name = "P", value_parser = |t: &str| number(t, &ranges::FINITE),
+          allow_negative_numbers = true)]
+    pub(super) length_penalty: Option<f32>,
+    /// With beams: ends the search with as many finished sequences as beams (true), when the best
+    /// running one would not be among them (false), or when none can come to be (never)
+    /// [default: false]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub(super) early_stopping: Option<StopEarly>,
+    /// With beams: splits them into groups that keep away from each other's tokens [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(super) num_beam_groups: Option<u32>,
+    /// With groups: what a token costs for each beam of an earlier group that takes it in the same step
+    /// [default: 0]
+    #[arg(long, value_name = "P", value_parser = |t: &str| number(t, &ranges::NOT_NEGATIVE),
+          allow_negative_numbers = true)]
+    pub(super) diversity_penalty: Option<f32>,
+    /// Returns so many continuations of a prompt: samples, or the best of a search with beams
+    /// [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_CHOICES)))]
     pub(super) num_return_sequences: Option<u32>,
     /// Samples so many and returns the --num-return-sequences of the highest log-probability per token
@@ -117,23 +140,32 @@ pub(super) struct Settings {
     pub(super) best_of: Option<u32>,
 }
 
+/// When a search with beams ends.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StopEarly {
+    True,
+    False,
+    Never,
+}
+
+impl From<StopEarly> for EarlyStopping {
+    fn from(when: StopEarly) -> EarlyStopping {
+        match when {
+            StopEarly::True => EarlyStopping::Yes,
+            StopEarly::False => EarlyStopping::No,
+            StopEarly::Never => EarlyStopping::Never,
+        }
+    }
+}
+
 /// A sequence of tokens, given as one argument.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Ids(pub(super) Vec<u32>);
 
-/// What a request is to give.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Wanted {
-    pub(super) choices: Choices,
-    /// Whether log-probabilities are printed; they may be needed for something else.
-    pub(super) logprobs: bool,
-    pub(super) echo: bool,
-}
-
 impl Settings {
     /// The request for a prompt. What is said about defaults in the help is decided here and in
     /// [`Request`].
-    pub(super) fn request(&self, prompt: Prompt, observe: Observe) -> Request {
+    pub(super) fn request(&self, prompt: Prompt) -> Request {
         let samples = self.top_k.is_some()
             || self.top_p.is_some()
             || self.min_p.is_some()
@@ -162,21 +194,37 @@ impl Settings {
             ignore_eos: self.ignore_eos,
             logprobs: self.logprobs,
             echo: self.echo,
-            observe,
+            beams: self.beams(),
+            choices: self.choices(),
             ..Request::new(prompt)
         }
     }
 
-    /// What is to come of the request.
-    pub(super) fn wanted(&self) -> Wanted {
+    /// One beam is none, unless something is said that only beams do.
+    fn beams(&self) -> Option<BeamParams> {
+        let num_beams = self.num_beams.unwrap_or(1);
+        let in_groups = self.num_beam_groups.is_some_and(|groups| groups != 1)
+            || self.diversity_penalty.is_some_and(|penalty| penalty != 0.0);
+        if num_beams == 1 && !in_groups {
+            return None;
+        }
+        let default = BeamParams::new(num_beams);
+        Some(BeamParams {
+            num_beams,
+            length_penalty: self.length_penalty.unwrap_or(default.length_penalty),
+            early_stopping: self
+                .early_stopping
+                .map_or(default.early_stopping, Into::into),
+            num_beam_groups: self.num_beam_groups.unwrap_or(default.num_beam_groups),
+            diversity_penalty: self.diversity_penalty.unwrap_or(default.diversity_penalty),
+        })
+    }
+
+    fn choices(&self) -> Choices {
         let returned = self.num_return_sequences.unwrap_or(1);
-        Wanted {
-            choices: Choices {
-                returned,
-                generated: self.best_of.unwrap_or(returned),
-            },
-            logprobs: self.logprobs.is_some(),
-            echo: self.echo,
+        Choices {
+            returned,
+            generated: self.best_of.unwrap_or(returned),
         }
     }
 
@@ -220,7 +268,7 @@ fn sequence_bias(text: &str) -> Result<SequenceBias, String> {
         .split_once('=')
         .ok_or("it must be token ids, = and a number, such as 5,7=-1.5")?;
     let Ids(ids) = ids(before)?;
-    let bias = number(bias, &ranges::BIAS)?;
+    let bias = number(bias, &ranges::FINITE)?;
     Ok(SequenceBias { ids, bias })
 }
 
@@ -252,9 +300,7 @@ mod tests {
     use super::*;
 
     fn sampling(settings: Settings) -> SamplingParams {
-        settings
-            .request(Prompt::Ids(vec![1]), Observe::default())
-            .sampling
+        settings.request(Prompt::Ids(vec![1])).sampling
     }
 
     #[test]
@@ -285,7 +331,7 @@ mod tests {
 
     #[test]
     fn impossible_values_are_wrong_usage() {
-        let temperature = |text| number(text, &ranges::TEMPERATURE);
+        let temperature = |text| number(text, &ranges::NOT_NEGATIVE);
         assert!(temperature("-1").is_err() && temperature("NaN").is_err());
         assert_eq!(
             number("0", &ranges::TOP_P).unwrap_err(),
@@ -324,7 +370,7 @@ mod tests {
             let Choices {
                 returned,
                 generated,
-            } = settings.wanted().choices;
+            } = settings.choices();
             (returned, generated)
         };
         assert_eq!(choices(None, None), (1, 1));

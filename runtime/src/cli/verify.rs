@@ -4,7 +4,6 @@ use super::{DeviceArgs, Loaded, load};
 use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::{Bundle, SelfTest};
-use kiln_runtime::device::Observe;
 use kiln_runtime::{Completion, Engine, Event, Prompt, Request};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -72,11 +71,9 @@ fn last_logits(
 ) -> anyhow::Result<Vec<f32>> {
     let mut request = Request::new(Prompt::Ids(test.token_ids.clone()));
     request.max_new_tokens = Some(0);
-    request.observe = Observe {
-        logits: true,
-        hidden_states: false,
-    };
-    let Completion { mut logits, .. } = complete(engine, request)?;
+    request.outputs.logits = true;
+    let mut choices = complete(engine, request)?.choices;
+    let mut logits = choices.pop().map_or_else(Vec::new, |choice| choice.logits);
     Ok(logits.split_off(logits.len().saturating_sub(vocab_size)))
 }
 

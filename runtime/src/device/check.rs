@@ -32,6 +32,11 @@ pub(super) fn check_step<'a>(
             executable.name, executable.bounds
         ));
     }
+    for copy in &step.copies {
+        if copy.from.max(copy.to) >= ground.facts.kv_blocks {
+            return refuse(format!("{copy:?} is outside the KV cache"));
+        }
+    }
     for sequence in step.sequences() {
         let slot = sequence.slot;
         if slot >= ground.facts.slots {

@@ -21,7 +21,8 @@ pub use cpu::{CpuDevice, CpuOptions};
 pub use cuda::{CudaDevice, CudaOptions};
 pub use memory::available_bytes;
 
-use crate::sampling::{Draw, DrawParams, Rules};
+use crate::kv::BlockCopy;
+use crate::sampling::{BeamDraw, Continuation, Draw, DrawParams, Rules};
 use cuda::{DriverError, NvidiaGpu};
 use kiln_bundle::{BundleError, Executable};
 use std::ops::Range;
@@ -109,6 +110,8 @@ pub struct Step {
     pub executable: usize,
     /// What the host wants to see besides the sampled tokens.
     pub observe: Observe,
+    /// Blocks of the KV cache that are copied, one after the other, before anything else is done.
+    pub copies: Vec<BlockCopy>,
     sequences: Vec<Entry>,
     token_ids: Vec<u32>,
     block_tables: Vec<u32>,
@@ -125,6 +128,13 @@ pub struct Observe {
     pub hidden_states: bool,
 }
 
+impl Observe {
+    /// Whether there is anything.
+    pub fn is_any(self) -> bool {
+        self.logits || self.hidden_states
+    }
+}
+
 /// A sequence's part in a step.
 #[derive(Clone, Copy, Debug)]
 pub struct SequenceStep<'a> {
@@ -138,7 +148,8 @@ pub struct SequenceStep<'a> {
     pub block_table: &'a [u32],
     /// Which of the new tokens' logits are computed.
     pub logit_rows: LogitRows,
-    /// How the next token is chosen from the last of these rows; none chooses nothing.
+    /// How the next token, or the continuations of a beam, are chosen from the last of these rows; none
+    /// chooses nothing.
     pub draw: Option<Draw<'a>>,
 }
 
@@ -205,12 +216,14 @@ struct EntryDraw {
     suppressed_ids: Range<usize>,
     rules: Option<Arc<Rules>>,
     history: Range<usize>,
+    beam: Option<BeamDraw>,
 }
 
 impl Step {
     /// Makes it an empty step of an executable, its memory kept.
     pub fn clear(&mut self) {
         self.observe = Observe::default();
+        self.copies.clear();
         self.sequences.clear();
         self.token_ids.clear();
         self.block_tables.clear();
@@ -231,6 +244,7 @@ impl Step {
             suppressed_ids: append(&mut self.suppressed_ids, draw.suppressed_ids),
             rules: draw.rules.cloned(),
             history: append(&mut self.histories, draw.history),
+            beam: draw.beam,
         });
         self.sequences.push(Entry {
             slot: sequence.slot,
@@ -259,6 +273,7 @@ impl Step {
                 suppressed_ids: &self.suppressed_ids[draw.suppressed_ids.clone()],
                 rules: draw.rules.as_ref(),
                 history: &self.histories[draw.history.clone()],
+                beam: draw.beam,
             }),
         })
     }
@@ -317,9 +332,12 @@ impl Extent {
 /// What a step left behind.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutput {
-    /// For each sequence with a draw, in order: the token chosen, or none where its row of logits
-    /// held a value that is no finite number.
+    /// For each sequence with a draw of a token, in order: the token chosen, or none where its row of
+    /// logits held a value that is no finite number.
     pub tokens: Vec<Option<u32>>,
+    /// For each with a draw of continuations, in order: those, best first; none where its row held a
+    /// value that is no finite number.
+    pub continuations: Vec<Vec<Continuation>>,
     /// (R, V), where observed.
     pub logits: Vec<f32>,
     /// (L+1, T, C), where observed.

@@ -15,30 +15,19 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// The log-probabilities of a sequence.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Logprobs {
-    /// Of the prompt's tokens from the second on, where asked for.
-    pub prompt: Vec<TokenLogprob>,
-    /// Of the generated tokens.
-    pub generated: Vec<TokenLogprob>,
-}
-
-impl Logprobs {
-    /// The log-probability of all that was generated.
-    pub fn score(&self) -> f32 {
-        let logprobs = self.generated.iter().map(|token| f64::from(token.logprob));
-        logprobs.fold(0.0, |sum, logprob| sum + logprob) as f32
-    }
+/// What makes log-probabilities of the values of a row (V), all finite.
+pub(super) fn normaliser(row: &[f32]) -> impl Fn(f32) -> f32 + use<> {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exps = row.iter().map(|value| f64::from((value - max).exp()));
+    let log_total = exps.sum::<f64>().ln() as f32;
+    // In this order: the maximum may be so large that the sum is lost beside it.
+    move |value| value - max - log_total
 }
 
 impl TokenLogprob {
     /// That of token `id` after a row of `logits` (V), with the `top` likeliest.
     pub(crate) fn new(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let exps = logits.iter().map(|logit| f64::from((logit - max).exp()));
-        let log_total = exps.sum::<f64>().ln() as f32;
-        let logprob = |logit: f32| logit - max - log_total;
+        let logprob = normaliser(logits);
         let mut likeliest: Vec<(u32, f32)> = Vec::with_capacity(top + 1);
         for (other, &logit) in (0..).zip(logits) {
             let is_full = likeliest.len() == top;
@@ -85,20 +74,5 @@ mod tests {
         let token = TokenLogprob::new(&[3e38, -3e38, 3e38], 0, 1);
         assert!((token.logprob - 0.5f32.ln()).abs() < 1e-6);
         assert_eq!(token.top[0].0, 0);
-    }
-
-    #[test]
-    fn a_score_is_a_sum() {
-        let token = |logprob| TokenLogprob {
-            id: 0,
-            logprob,
-            top: Vec::new(),
-        };
-        let logprobs = Logprobs {
-            prompt: vec![token(-9.0)],
-            generated: vec![token(-1.5), token(-0.25)],
-        };
-        assert_eq!(logprobs.score(), -1.75);
-        assert!(Logprobs::default().score().is_sign_positive());
     }
 }

@@ -9,13 +9,15 @@
 //!
 //! Dividing the remaining probabilities by their sum, the reference's last step, is part of the draw.
 
+mod continuations;
 mod cuts;
 mod logprobs;
 mod processors;
 pub mod ranges;
 mod sampler;
 
-pub use logprobs::{Logprobs, MAX_LOGPROBS, TokenLogprob};
+pub use continuations::{BeamDraw, Continuation, Taken};
+pub use logprobs::{MAX_LOGPROBS, TokenLogprob};
 pub(crate) use processors::Suppression;
 pub use processors::{Processors, Rules, SequenceBias};
 pub use sampler::Sampler;
@@ -114,7 +116,7 @@ impl DrawParams {
     pub const GREEDY: DrawParams = SamplingParams::GREEDY.with_seed(0);
 }
 
-/// One choice of a token.
+/// One choice of a token, or of the continuations of a beam.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw<'a> {
     /// How.
@@ -127,6 +129,8 @@ pub struct Draw<'a> {
     pub rules: Option<&'a Arc<Rules>>,
     /// Prompt and generated tokens, where [`Rules::read_history`]; else it may be empty.
     pub history: &'a [u32],
+    /// Set where the row belongs to a beam: then its best continuations are chosen.
+    pub beam: Option<BeamDraw>,
 }
 
 impl Draw<'_> {
@@ -137,5 +141,6 @@ impl Draw<'_> {
         suppressed_ids: &[],
         rules: None,
         history: &[],
+        beam: None,
     };
 }

@@ -5,6 +5,8 @@
 //! the time of each follows from the length of the sequence or of its lists, not from V, except where
 //! a token is forced.
 
+use super::{Draw, Taken};
+
 /// What a request asks of its tokens' scores; by default nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Processors {
@@ -122,13 +124,20 @@ impl Rules {
 /// tokens that end a sequence), suppressed tokens, and those suppressed at the beginning. The last two
 /// come after forcing in the reference, which makes no difference: a request that forces what it
 /// always suppresses is refused.
-pub(super) fn process(scores: &mut [f32], draw: &super::Draw<'_>, counts: &mut Vec<u32>) {
+pub(super) fn process(
+    scores: &mut [f32],
+    draw: &Draw<'_>,
+    taken: &Taken<'_>,
+    counts: &mut Vec<u32>,
+) {
     let Some(rules) = draw.rules else {
+        penalise_taken(scores, taken);
         return forbid(scores, draw.suppressed_ids);
     };
     let (p, history, eos) = (&rules.processors, draw.history, &rules.ends);
     let generated = history.get(rules.prompt_len..).unwrap_or_default();
     add_sequence_bias(scores, history, &p.sequence_bias);
+    penalise_taken(scores, taken);
     penalise_repetition(scores, history, p.repetition_penalty, counts);
     // Not in the reference. Here, because OpenAI's formula is stated on logits as the model gives
     // them, and a penalty that follows a subtraction could change its sign.
@@ -157,6 +166,14 @@ fn add_sequence_bias(scores: &mut [f32], history: &[u32], biases: &[SequenceBias
         if let Some(id) = completed_by(history, ids) {
             change(scores, id, |score| score + bias);
         }
+    }
+}
+
+/// `score -= penalty` for each token that a beam of an earlier group took
+/// (`HammingDiversityLogitsProcessor`, in releases 4; Vijayakumar et al., "Diverse Beam Search", 2016).
+fn penalise_taken(scores: &mut [f32], taken: &Taken<'_>) {
+    for &id in taken.ids {
+        change(scores, id, |score| score - taken.penalty);
     }
 }
 
@@ -368,7 +385,7 @@ mod tests {
         // Twice, since working memory is used again.
         for _ in 0..2 {
             let mut scores = scores.to_vec();
-            process(&mut scores, &draw, &mut counts);
+            process(&mut scores, &draw, &Taken::default(), &mut counts);
             assert_eq!(scores, expect);
         }
     }

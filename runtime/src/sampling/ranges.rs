@@ -15,8 +15,9 @@ impl Range {
     }
 }
 
-/// [`super::SamplingParams::temperature`].
-pub const TEMPERATURE: Range = Range {
+/// [`super::SamplingParams::temperature`], and
+/// [`BeamParams::diversity_penalty`](crate::BeamParams::diversity_penalty).
+pub const NOT_NEGATIVE: Range = Range {
     needed: "a number from 0 up",
     holds: |value| value >= 0.0 && value.is_finite(),
 };
@@ -52,8 +53,9 @@ pub const PENALTY: Range = Range {
     holds: |value| (-2.0..=2.0).contains(&value),
 };
 
-/// [`super::SequenceBias::bias`].
-pub const BIAS: Range = Range {
+/// [`super::SequenceBias::bias`], and
+/// [`BeamParams::length_penalty`](crate::BeamParams::length_penalty).
+pub const FINITE: Range = Range {
     needed: "a finite number",
     holds: f32::is_finite,
 };

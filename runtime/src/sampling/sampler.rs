@@ -1,14 +1,14 @@
 //! The CPU's choice of a token: processors, cuts and a draw.
 
 use super::cuts::{self, Candidate};
-use super::{Draw, processors};
+use super::{Draw, Taken, processors};
 
 /// Chooses tokens on the CPU; keeps its working memory.
 #[derive(Debug, Default)]
 pub struct Sampler {
-    candidates: Vec<Candidate>,
-    scores: Vec<f32>,
-    counts: Vec<u32>,
+    pub(super) candidates: Vec<Candidate>,
+    pub(super) scores: Vec<f32>,
+    pub(super) counts: Vec<u32>,
 }
 
 impl Sampler {
@@ -20,25 +20,38 @@ impl Sampler {
         }
         self.scores.clear();
         self.scores.extend_from_slice(logits);
-        processors::process(&mut self.scores, draw, &mut self.counts);
+        processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
         let (likeliest, max) = argmax(&self.scores)?;
         let params = &draw.params;
         if params.temperature == 0.0 {
             return Some(likeliest);
         }
         self.gather(max, params.temperature);
-        let candidates = &mut self.candidates;
-        cuts::keep_top_k(candidates, params.top_k, &mut self.scores);
-        cuts::keep_top_p(candidates, params.top_p);
-        cuts::keep_min_p(candidates, params.min_p);
-        cuts::keep_typical_p(candidates, params.typical_p);
-        cuts::keep_epsilon(candidates, params.epsilon_cutoff);
-        cuts::keep_eta(candidates, params.eta_cutoff);
+        cuts::cut(&mut self.candidates, params, 1, &mut self.scores);
         self.pick(uniform(params.seed, draw.index))
     }
 
+    /// What [`Sampler::sample`] chooses by (V): scores as the processors leave them, and where it draws
+    /// those over the temperature, with -inf for what is cut.
+    pub fn scores(&mut self, logits: &[f32], draw: &Draw<'_>) -> &[f32] {
+        self.scores.clear();
+        self.scores.extend_from_slice(logits);
+        processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
+        let temperature = draw.params.temperature;
+        if let Some((_, max)) = argmax(&self.scores).filter(|_| temperature > 0.0) {
+            self.gather(max, temperature);
+            cuts::cut(&mut self.candidates, &draw.params, 1, &mut self.scores);
+            self.scores.clear();
+            self.scores.resize(logits.len(), f32::NEG_INFINITY);
+            for candidate in &self.candidates {
+                self.scores[candidate.id as usize] = candidate.score + max / temperature;
+            }
+        }
+        &self.scores
+    }
+
     /// Makes every token that has a chance at all a candidate, by rising id.
-    fn gather(&mut self, max: f32, temperature: f32) {
+    pub(super) fn gather(&mut self, max: f32, temperature: f32) {
         self.candidates.clear();
         for (id, &logit) in (0..).zip(&self.scores) {
             let score = (logit - max) / temperature;
@@ -82,7 +95,7 @@ fn uniform(seed: u64, index: u32) -> f64 {
 
 /// Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random numbers: as easy as
 /// 1, 2, 3" (SC 2011).
-fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+pub(super) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xD251_1F53;
         let b = u64::from(counter[2]) * 0xCD9E_8D57;
@@ -523,6 +536,7 @@ mod tests {
                 suppressed_ids: &[0, 1],
                 rules: Some(&rules),
                 history: &[7, 3, 5, 5, 9, 5],
+                beam: None,
             };
             check(&logits, &draw);
         }

@@ -6,7 +6,7 @@ use crate::cpu::{
     Sequence as Ragged, Storage, StorageError,
 };
 use crate::device::{DeviceError, SequenceStep, Step, StepOutput, Tokens};
-use crate::sampling::Sampler;
+use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
     WeightFile,
@@ -268,6 +268,9 @@ impl CpuDevice {
             let hidden_size = self.manifest.model.hidden_size as usize;
             hidden_states = vec![0.0; program.hidden_states.len() * layout.tokens * hidden_size];
         }
+        for &copy in &step.copies {
+            self.kv.copy(copy);
+        }
         let sequences = sequences(step);
         for (index, kernel) in (0..).zip(&program.kernels) {
             let mut machine = Machine {
@@ -297,32 +300,33 @@ impl CpuDevice {
                 }
             }
         }
-        let tokens = sample(
+        let mut output = StepOutput {
+            hidden_states,
+            ..StepOutput::default()
+        };
+        sample(
             step,
             arena[layout.range(program.logits)].chunks_exact(layout.width(program.logits)),
             &mut self.sampler,
             &mut self.last_sampled,
+            &mut output,
         );
-        let mut logits = Vec::new();
         if step.observe.logits {
-            logits.extend_from_slice(&arena[layout.range(program.logits)]);
+            let logits = &arena[layout.range(program.logits)];
+            output.logits.extend_from_slice(logits);
         }
-        Ok(StepOutput {
-            tokens,
-            logits,
-            hidden_states,
-        })
+        Ok(output)
     }
 }
 
-/// Chooses the tokens of a step from its `rows` of logits (R, V), and leaves them in their slots.
+/// Makes the draws of a step from its `rows` of logits (R, V), and leaves tokens in their slots.
 fn sample<'a>(
     step: &Step,
     mut rows: impl Iterator<Item = &'a [f32]>,
     sampler: &mut Sampler,
     last_sampled: &mut [Option<u32>],
-) -> Vec<Option<u32>> {
-    let mut tokens = Vec::new();
+    output: &mut StepOutput,
+) {
     for sequence in step.sequences() {
         let row = match sequence.logit_rows.count(sequence.tokens.len()) {
             0 => None,
@@ -331,12 +335,16 @@ fn sample<'a>(
         let (Some(row), Some(draw)) = (row, sequence.draw) else {
             continue;
         };
+        if let Some(beam) = &draw.beam {
+            let continuations = sampler.continuations(row, &draw, beam, &Taken::default());
+            output.continuations.push(continuations);
+            continue;
+        }
         let token = sampler.sample(row, &draw);
         // A row that is no number ends its sequence; until the host knows, it is fed some id.
         last_sampled[sequence.slot as usize] = Some(token.unwrap_or(0));
-        tokens.push(token);
+        output.tokens.push(token);
     }
-    tokens
 }
 
 /// The step's sequences as attention takes them.

@@ -2,6 +2,7 @@
 
 use super::map_zeros;
 use crate::cpu::{KvCache, KvCacheMut, Storage, StorageError, StorageMut};
+use crate::kv::BlockCopy;
 use kiln_bundle::{BLOCK_TOKENS, DType, ModelInfo};
 use memmap2::MmapMut;
 use std::io;
@@ -36,6 +37,17 @@ impl KvMemory {
             head_dim,
             part_bytes,
         })
+    }
+
+    /// Copies a block, all layers of it. The blocks exist.
+    pub(super) fn copy(&mut self, copy: BlockCopy) {
+        let row_bytes = self.heads * self.head_dim * self.dtype.size_bytes();
+        let block_bytes = row_bytes * BLOCK_TOKENS;
+        let (from, to) = (copy.from as usize, copy.to as usize);
+        for part in self.map.chunks_exact_mut(self.part_bytes) {
+            let start = from * block_bytes;
+            part.copy_within(start..start + block_bytes, to * block_bytes);
+        }
     }
 
     /// A layer, to read.

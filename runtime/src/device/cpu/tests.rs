@@ -1,9 +1,9 @@
 //! The CPU device against a one-layer model computed plainly in f64.
 
 use super::*;
-use crate::device::{LogitRows, Observe, Tokens};
+use crate::device::{LogitRows, Tokens};
 use crate::testing::manifest as fake_manifest;
-use crate::{Completion, Engine, Event, LoadOptions, Prompt, Request};
+use crate::{Completion, Engine, Event, Layers, LoadOptions, Prompt, Request};
 use kiln_bundle::{
     Activation, Bounds, Buffer, BufferId, BundleWriter, Linear, Norm, Program, Residual, RowKind,
     Rows, Tap, TensorDecl, WriteError, packing,
@@ -359,10 +359,8 @@ fn computes_the_model_and_nothing_depends_on_company() {
             let mut request = Request::new(Prompt::Ids(ids));
             request.max_new_tokens = Some(9);
             request.ignore_eos = true;
-            request.observe = Observe {
-                logits: true,
-                hidden_states: true,
-            };
+            request.outputs.logits = true;
+            request.outputs.hidden_states = Layers::All;
             request
         })
         .collect();
@@ -372,7 +370,9 @@ fn computes_the_model_and_nothing_depends_on_company() {
     }
     let together = run(&mut together);
     for (request, found) in requests.iter().zip(&together) {
-        let ids = [found.prompt_ids.as_slice(), &found.ids].concat();
+        let prompt_len = found.prompt_ids.len();
+        let ids = [found.prompt_ids.as_slice(), &found.choices[0].ids].concat();
+        let found = &found.choices[0];
         let (logits, hidden) = reference(&ids);
         close(&found.logits, logits.iter().flatten().copied());
         close(
@@ -380,13 +380,13 @@ fn computes_the_model_and_nothing_depends_on_company() {
             hidden.iter().flatten().flatten().copied(),
         );
         for (step, &id) in found.ids.iter().enumerate() {
-            let row = &logits[found.prompt_ids.len() + step - 1];
+            let row = &logits[prompt_len + step - 1];
             let best = row.iter().copied().fold(f64::MIN, f64::max);
             assert!(row[id as usize] > best - 1e-4);
         }
         let mut alone = load(&path);
         alone.submit(request.clone()).unwrap();
-        let alone = run(&mut alone).remove(0);
+        let alone = run(&mut alone).remove(0).choices.remove(0);
         assert_eq!(alone.ids, found.ids);
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         assert!(bits(&alone.logits) == bits(&found.logits));

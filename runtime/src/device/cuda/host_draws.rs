@@ -8,7 +8,7 @@
 
 use super::{CudaDevice, Driver};
 use crate::device::{DeviceError, Step, StepOutput};
-use crate::sampling::{Draw, DrawParams};
+use crate::sampling::{Draw, DrawParams, Taken};
 
 /// Suppressed ids that a kernel looks through for one sequence.
 pub(super) const MAX_SUPPRESSED_IDS: usize = 1024;
@@ -22,6 +22,7 @@ pub(super) fn is_made_by_kernel(draw: &Draw<'_>) -> bool {
         ..
     } = draw.params;
     draw.rules.is_none()
+        && draw.beam.is_none()
         && typical_p >= 1.0
         && epsilon_cutoff == 0.0
         && eta_cutoff == 0.0
@@ -47,27 +48,38 @@ impl<D: Driver> CudaDevice<D> {
         let logits = self.target.programs[executable.program as usize].logits;
         let vocab_size = self.model.vocab_size as usize;
         let mut end = 0;
-        let mut tokens = std::mem::take(&mut output.tokens);
-        let mut chosen = tokens.iter_mut();
+        let mut by_kernel = std::mem::take(&mut output.tokens).into_iter();
         for sequence in step.sequences() {
             end += sequence.logit_rows.count(sequence.tokens.len());
-            let Some((draw, token)) = sequence.draw.and_then(|draw| Some((draw, chosen.next()?)))
+            let Some((draw, token)) = sequence
+                .draw
+                .and_then(|draw| Some((draw, by_kernel.next()?)))
             else {
                 continue;
             };
             if is_made_by_kernel(&draw) {
+                output.tokens.push(token);
                 continue;
             }
             // A checked step draws from a row.
             let row = end - 1;
             let observed = output.logits.get(row * vocab_size..end * vocab_size);
-            *token = match observed {
-                Some(row) => self.sampler.sample(row, &draw),
+            let fetched;
+            let row = match observed {
+                Some(row) => row,
                 None => {
-                    let row = self.fetch_rows(index, logits, row as u32, 1)?;
-                    self.sampler.sample(&row, &draw)
+                    fetched = self.fetch_rows(index, logits, row as u32, 1)?;
+                    &fetched
                 }
             };
+            if let Some(beam) = &draw.beam {
+                let taken = Taken::default();
+                let continuations = self.sampler.continuations(row, &draw, beam, &taken);
+                output.continuations.push(continuations);
+                continue;
+            }
+            let token = self.sampler.sample(row, &draw);
+            output.tokens.push(token);
             let slot_bytes = u64::from(sequence.slot) * size_of::<u32>() as u64;
             let to = self.addresses.last_sampled.offset(slot_bytes);
             // A row that is no number ends its sequence; until the engine knows, it is fed some id.
@@ -75,7 +87,6 @@ impl<D: Driver> CudaDevice<D> {
             let uploaded = self.driver.upload(to, &id);
             uploaded.map_err(|error| self.at(index, "a token", error))?;
         }
-        output.tokens = tokens;
         Ok(())
     }
 }

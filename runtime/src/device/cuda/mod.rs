@@ -333,6 +333,9 @@ impl<D: Driver> Device for CudaDevice<D> {
             vocab_size: self.model.vocab_size,
         };
         check_step(step, &ground, |slot| self.sampled[slot as usize])?;
+        if !step.copies.is_empty() {
+            return Err(DeviceError::Step("it copies blocks".to_owned()));
+        }
         let index = step.executable;
         let layout = &self.chains[index].layout;
         let counts = layout.fill(step, self.model.vocab_size, &mut self.lists);

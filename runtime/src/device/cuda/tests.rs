@@ -6,7 +6,7 @@ mod driver;
 use super::*;
 use crate::device::{LogitRows, SequenceStep, Tokens};
 use crate::sampling::{Draw, DrawParams, Processors, Rules, SequenceBias};
-use crate::{Engine, Event, Prompt, Request};
+use crate::{Engine, Event, Layers, Outputs, Prompt, Request};
 use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
 use driver::{Call, FakeDriver, long};
 use kiln_bundle::Phase;
@@ -278,12 +278,12 @@ fn without_graphs_each_kernel_is_launched() {
     assert_eq!(device.collect(id).unwrap().tokens, [Some(5)]);
 }
 
-fn requests(observe: Observe) -> Vec<Request> {
+fn requests(outputs: &Outputs) -> Vec<Request> {
     let request = |(len, first): (u32, u32)| {
         let mut request = Request::new(Prompt::Ids((first..first + len).collect()));
         request.max_new_tokens = Some(5);
         request.ignore_eos = true;
-        request.observe = observe;
+        request.outputs = outputs.clone();
         request
     };
     [(3, 10), (21, 1)].into_iter().map(request).collect()
@@ -299,13 +299,13 @@ fn the_next_step_is_enqueued_before_a_token_is_read() {
     let mut engine = engine(&rig);
     rig.driver.calls();
     engine
-        .submit(requests(Observe::default()).remove(0))
+        .submit(requests(&Outputs::default()).remove(0))
         .unwrap();
     let mut ids = Vec::new();
     while !engine.is_idle() {
         for event in engine.step().unwrap() {
             if let Event::Finished(completion) = event {
-                ids = completion.ids;
+                ids = completion.choices[0].ids.clone();
             }
         }
     }
@@ -337,16 +337,17 @@ fn observed_rows_are_fetched_between_launches() {
     let rig = Rig::new(100 * MIB);
     let mut engine = engine(&rig);
     rig.driver.calls();
-    let both = Observe {
+    let both = Outputs {
         logits: true,
-        hidden_states: true,
+        hidden_states: Layers::All,
+        ..Outputs::default()
     };
-    for request in requests(both) {
+    for request in requests(&both) {
         engine.submit(request).unwrap();
     }
     // One that observes nothing, so that steps of both kinds are in flight together.
     engine
-        .submit(requests(Observe::default()).remove(0))
+        .submit(requests(&Outputs::default()).remove(0))
         .unwrap();
     let mut seen = 0;
     while !engine.is_idle() {
@@ -356,19 +357,20 @@ fn observed_rows_are_fetched_between_launches() {
             };
             seen += 1;
             let first = done.prompt_ids[0];
-            let all = [done.prompt_ids.as_slice(), &done.ids].concat();
+            let choice = &done.choices[0];
+            let all = [done.prompt_ids.as_slice(), &choice.ids].concat();
             let counted: Vec<u32> = (first..).take(all.len()).collect();
             assert_eq!(all, counted);
-            if done.logits.is_empty() {
+            if choice.logits.is_empty() {
                 continue;
             }
             let positions = all.len();
-            for (row, &id) in done.logits.chunks_exact(V as usize).zip(&all) {
+            for (row, &id) in choice.logits.chunks_exact(V as usize).zip(&all) {
                 let ones: Vec<usize> = (0..V as usize).filter(|&v| row[v] == 1.0).collect();
                 assert_eq!(ones, [((id + 1) % V) as usize]);
             }
-            assert_eq!(done.logits.len(), positions * V as usize);
-            let rows: Vec<&[f32]> = done.hidden_states.chunks_exact(C as usize).collect();
+            assert_eq!(choice.logits.len(), positions * V as usize);
+            let rows: Vec<&[f32]> = choice.hidden_states.chunks_exact(C as usize).collect();
             assert_eq!(rows.len(), (LAYERS as usize + 1) * positions);
             for position in 0..positions {
                 let c = || (0..C as usize).map(|c| c as f32);
@@ -529,10 +531,10 @@ fn history_is_known_before_the_next_step() {
     let rig = Rig::new(100 * MIB);
     let mut engine = engine(&rig);
     // The kernel counts on; of what has been, nothing may come again.
-    let mut unique = requests(Observe::default()).remove(0);
+    let mut unique = requests(&Outputs::default()).remove(0);
     unique.processors.no_repeat_ngram_size = 1;
     unique.prompt = Prompt::Ids([0].into_iter().chain(5..V - 2).collect());
-    let mut other = requests(Observe::default()).remove(0);
+    let mut other = requests(&Outputs::default()).remove(0);
     other.max_new_tokens = Some(8);
     engine.submit(unique).unwrap();
     engine.submit(other).unwrap();
@@ -540,7 +542,7 @@ fn history_is_known_before_the_next_step() {
     while !engine.is_idle() {
         for event in engine.step().unwrap() {
             if let Event::Finished(completion) = event {
-                ids.push((completion.request.0, completion.ids));
+                ids.push((completion.request.0, completion.choices[0].ids.clone()));
             }
         }
     }
