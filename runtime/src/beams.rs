@@ -103,11 +103,8 @@ struct Candidate {
 }
 
 impl Search {
-    /// A search that is to begin. `ends` are the tokens that end a sequence.
+    /// A search that is to begin. `ends` are the tokens that end a sequence, each once.
     pub(crate) fn new(params: BeamParams, ends: &[u32], max_new_tokens: usize) -> Search {
-        let mut ends = ends.to_vec();
-        ends.sort_unstable();
-        ends.dedup();
         let group = Group {
             running: vec![Hypothesis::default()],
             finished: Vec::new(),
@@ -115,7 +112,7 @@ impl Search {
         };
         Search {
             params,
-            ends,
+            ends: ends.to_vec(),
             max_new_tokens,
             groups: vec![group; params.num_beam_groups.max(1) as usize],
         }

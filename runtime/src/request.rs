@@ -225,14 +225,17 @@ pub(crate) struct Room<'a> {
 }
 
 impl Request {
-    /// The tokens that end the sequence.
+    /// The tokens that end the sequence, each once.
     pub(crate) fn ends(&self, model: &ModelInfo) -> Vec<u32> {
         let own: &[u32] = if self.ignore_eos {
             &[]
         } else {
             &model.eos_token_ids
         };
-        [own, &self.stop_token_ids].concat()
+        let mut ends = [own, &self.stop_token_ids].concat();
+        ends.sort_unstable();
+        ends.dedup();
+        ends
     }
 
     /// Generated tokens before which none that ends the sequence can be chosen.

@@ -96,14 +96,14 @@ fn near_tie(
     at: usize,
 ) -> Result<String, String> {
     let mut request = greedy(&on_cpu.prompt_ids);
-    request.observe.logits = true;
+    request.outputs.logits = true;
     let observed = run(&mut cpu(bundle), &[request]).remove(0);
-    assert_eq!(observed.ids, on_cpu.ids);
+    assert_eq!(observed.choices[0].ids, on_cpu.choices[0].ids);
     let vocab_size = bundle.manifest().model.vocab_size as usize;
     let prompt = on_cpu.prompt_ids.len();
-    let row = &observed.logits[(prompt - 1 + at) * vocab_size..][..vocab_size];
+    let row = &observed.choices[0].logits[(prompt - 1 + at) * vocab_size..][..vocab_size];
     let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-    let [expected, chosen] = [on_cpu, found].map(|completion| completion.ids[at]);
+    let [expected, chosen] = [on_cpu, found].map(|completion| completion.choices[0].ids[at]);
     let gap = (row[expected as usize] - row[chosen as usize]) / largest;
     let text = format!(
         "prompt of {prompt}, token {at}: {chosen}, and {expected} on the CPU, which has {gap:.1e} of \
@@ -126,8 +126,9 @@ fn same_tokens_as_the_cpu(model: &Path, ties: usize) {
     let found = run(&mut emulated(&bundle, true), &requests);
     let mut differ = vec![];
     for (expected, found) in expected.iter().zip(&found) {
-        assert_eq!(found.ids.len(), NEW_TOKENS as usize);
-        let first = (0..found.ids.len()).find(|&at| found.ids[at] != expected.ids[at]);
+        assert_eq!(found.choices[0].ids.len(), NEW_TOKENS as usize);
+        let first = (0..found.choices[0].ids.len())
+            .find(|&at| found.choices[0].ids[at] != expected.choices[0].ids[at]);
         if let Some(at) = first {
             differ.push(near_tie(&bundle, expected, found, at).unwrap());
         }
@@ -202,12 +203,18 @@ fn a_request_gets_the_same_tokens_in_any_batch() {
     let mut engine = emulated(&bundle, false);
     for (request, expected) in requests.iter().zip(&together) {
         let alone = run(&mut engine, std::slice::from_ref(request)).remove(0);
-        assert_eq!(alone.ids, expected.ids, "{request:?}");
-        assert_eq!(alone.finish_reason, expected.finish_reason);
+        assert_eq!(alone.choices[0].ids, expected.choices[0].ids, "{request:?}");
+        assert_eq!(
+            alone.choices[0].finish_reason,
+            expected.choices[0].finish_reason
+        );
     }
-    let lens: Vec<usize> = together.iter().map(|done| done.ids.len()).collect();
+    let lens: Vec<usize> = together
+        .iter()
+        .map(|done| done.choices[0].ids.len())
+        .collect();
     assert!((4..32).contains(&lens[4]), "{lens:?}");
     // The parameters make a difference.
-    assert_ne!(together[0].ids, together[3].ids);
-    assert_ne!(together[2].ids, together[5].ids);
+    assert_ne!(together[0].choices[0].ids, together[3].choices[0].ids);
+    assert_ne!(together[2].choices[0].ids, together[5].choices[0].ids);
 }
