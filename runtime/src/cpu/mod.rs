@@ -20,6 +20,7 @@ mod linear;
 mod norm;
 mod pool;
 mod rows;
+pub mod scores;
 mod scratch;
 mod simd;
 mod storage;

@@ -10,6 +10,7 @@
 use super::cuts::{self, Candidate};
 use super::sampler::{Sampler, philox};
 use super::{Draw, logprobs, processors};
+use crate::cpu::scores;
 use std::cmp::Ordering;
 
 /// What a draw of continuations needs besides [`Draw`].
@@ -62,7 +63,7 @@ impl Sampler {
         beam: &BeamDraw,
         taken: &Taken<'_>,
     ) -> Vec<Continuation> {
-        if !logits.iter().all(|logit| logit.is_finite()) {
+        if scores::finite_max(self.isa, logits).is_none() {
             return Vec::new();
         }
         let logprob = logprobs::normaliser(logits);
@@ -83,11 +84,7 @@ impl Sampler {
             return best.finish();
         }
         let temperature = draw.params.temperature;
-        let max = self
-            .scores
-            .iter()
-            .copied()
-            .fold(f32::NEG_INFINITY, f32::max);
+        let max = scores::max(self.isa, &self.scores);
         self.gather(max, temperature);
         let least = beam.least_kept as usize;
         cuts::cut(&mut self.candidates, &draw.params, least, &mut self.scores);

@@ -25,6 +25,16 @@ impl Candidate {
     }
 }
 
+/// Whether `params` ask for any cut.
+pub(super) fn any(params: &DrawParams) -> bool {
+    params.top_k > 0
+        || params.top_p < 1.0
+        || params.min_p > 0.0
+        || params.typical_p < 1.0
+        || params.epsilon_cutoff > 0.0
+        || params.eta_cutoff > 0.0
+}
+
 /// Makes all the cuts that `params` ask for, in the reference's order, but keeps `least` candidates of
 /// each. `scores` is working memory.
 pub(super) fn cut(

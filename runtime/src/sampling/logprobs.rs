@@ -1,6 +1,8 @@
 //! Log-probabilities of tokens: of the model's own distribution, before processors, temperature and
 //! cuts.
 
+use crate::cpu::{Isa, scores};
+
 /// Likeliest tokens that can be asked for with each token.
 pub const MAX_LOGPROBS: u32 = 20;
 
@@ -17,9 +19,9 @@ pub struct TokenLogprob {
 
 /// What makes log-probabilities of the values of a row (V), all finite.
 pub(super) fn normaliser(row: &[f32]) -> impl Fn(f32) -> f32 + use<> {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let exps = row.iter().map(|value| f64::from((value - max).exp()));
-    let log_total = exps.sum::<f64>().ln() as f32;
+    let isa = Isa::of_machine();
+    let max = scores::max(isa, row);
+    let log_total = scores::exp_sum(isa, row, max, 1.0).ln() as f32;
     // In this order: the maximum may be so large that the sum is lost beside it.
     move |value| value - max - log_total
 }

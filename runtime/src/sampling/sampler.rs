@@ -2,33 +2,55 @@
 
 use super::cuts::{self, Candidate};
 use super::{Draw, Taken, processors};
+use crate::cpu::{Isa, scores};
 
 /// Chooses tokens on the CPU; keeps its working memory.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sampler {
+    pub(super) isa: Isa,
     pub(super) candidates: Vec<Candidate>,
     pub(super) scores: Vec<f32>,
     pub(super) counts: Vec<u32>,
+}
+
+impl Default for Sampler {
+    fn default() -> Sampler {
+        Sampler {
+            isa: Isa::of_machine(),
+            candidates: Vec::new(),
+            scores: Vec::new(),
+            counts: Vec::new(),
+        }
+    }
 }
 
 impl Sampler {
     /// The token for a row of `logits` (V), or none where a logit is no finite number or every token
     /// is suppressed.
     pub fn sample(&mut self, logits: &[f32], draw: &Draw<'_>) -> Option<u32> {
-        if !logits.iter().all(|logit| logit.is_finite()) {
-            return None;
-        }
+        scores::finite_max(self.isa, logits)?;
         self.scores.clear();
         self.scores.extend_from_slice(logits);
         processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
-        let (likeliest, max) = argmax(&self.scores)?;
+        let max = self.likeliest()?;
         let params = &draw.params;
         if params.temperature == 0.0 {
-            return Some(likeliest);
+            let index = self.scores.iter().position(|&score| score == max)?;
+            return Some(index as u32);
+        }
+        let share = uniform(params.seed, draw.index);
+        if !cuts::any(params) {
+            return self.pick_from_all(max, params.temperature, share);
         }
         self.gather(max, params.temperature);
         cuts::cut(&mut self.candidates, params, 1, &mut self.scores);
-        self.pick(uniform(params.seed, draw.index))
+        self.pick(share)
+    }
+
+    /// The largest score, where there is one above -inf.
+    pub(super) fn likeliest(&self) -> Option<f32> {
+        let max = scores::max(self.isa, &self.scores);
+        (max > f32::NEG_INFINITY).then_some(max)
     }
 
     /// What [`Sampler::sample`] chooses by (V): scores as the processors leave them, and where it draws
@@ -38,7 +60,7 @@ impl Sampler {
         self.scores.extend_from_slice(logits);
         processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
         let temperature = draw.params.temperature;
-        if let Some((_, max)) = argmax(&self.scores).filter(|_| temperature > 0.0) {
+        if let Some(max) = self.likeliest().filter(|_| temperature > 0.0) {
             self.gather(max, temperature);
             cuts::cut(&mut self.candidates, &draw.params, 1, &mut self.scores);
             self.scores.clear();
@@ -61,6 +83,41 @@ impl Sampler {
         }
     }
 
+    /// The token at `share` of the cumulated probability, by rising id, where all can be drawn.
+    fn pick_from_all(&self, max: f32, temperature: f32, share: f64) -> Option<u32> {
+        let scale = temperature.recip().min(f32::MAX);
+        let sum = |block: &[f32]| scores::exp_sum(self.isa, block, max, scale);
+        let pick = |block: &[f32], start: usize, mut left: f64| {
+            let mut last = None;
+            for (id, score) in (start..).zip(block) {
+                let weight = f64::from(((score - max) * scale).exp());
+                left -= weight;
+                if weight > 0.0 {
+                    last = Some(id as u32);
+                }
+                if left < 0.0 {
+                    break;
+                }
+            }
+            last
+        };
+        let mut left = share * sum(&self.scores);
+        let mut last = (&self.scores[..0], 0);
+        let starts = (0..).step_by(scores::BLOCK);
+        for (block, start) in self.scores.chunks(scores::BLOCK).zip(starts) {
+            let sum = sum(block);
+            if left < sum {
+                return pick(block, start, left);
+            }
+            if sum > 0.0 {
+                last = (block, start);
+            }
+            left -= sum;
+        }
+        // Rounding left a remainder; it falls to the last one that can be drawn.
+        pick(last.0, last.1, f64::INFINITY)
+    }
+
     /// The candidate at `share` of the cumulated probability, by rising id.
     fn pick(&self, share: f64) -> Option<u32> {
         let mut left = share * self.candidates.iter().map(Candidate::weight).sum::<f64>();
@@ -77,13 +134,6 @@ impl Sampler {
             .find(|candidate| candidate.weight() > 0.0)
             .map(|c| c.id)
     }
-}
-
-/// The largest value and its index, the lowest among equals; none where there is none above -inf.
-fn argmax(values: &[f32]) -> Option<(u32, f32)> {
-    let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let index = values.iter().position(|&value| value == max)?;
-    (max > f32::NEG_INFINITY).then_some((index as u32, max))
 }
 
 /// A number in [0, 1) that follows from its arguments alone.

@@ -9,7 +9,7 @@ mod avx512;
 mod portable;
 
 use half::{bf16, f16};
-use std::{env, fmt, str::FromStr};
+use std::{env, fmt, str::FromStr, sync::OnceLock};
 
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
@@ -44,6 +44,13 @@ impl Isa {
                 Err(IsaError::Unknown(name.to_string_lossy().into_owned()))
             }
         }
+    }
+
+    /// What [`Isa::detect`] finds, looked for once; the portable form where that is an error, which
+    /// whoever loads a device gets to see.
+    pub fn of_machine() -> Isa {
+        static FOUND: OnceLock<Isa> = OnceLock::new();
+        *FOUND.get_or_init(|| Isa::detect().unwrap_or(Isa::Portable))
     }
 
     /// Whether this machine has it.
