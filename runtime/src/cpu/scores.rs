@@ -38,11 +38,10 @@ impl Kernel for FiniteMax<'_> {
             max[i % 2] = simd.max(max[i % 2], v);
             zero[i % 2] = simd.add(zero[i % 2], simd.sub(v, v));
         }
-        let rest_zero: f32 = rest.iter().map(|value| value - value).sum();
-        let zero = simd.sum_lanes(simd.add(zero[0], zero[1])) + rest_zero;
+        let zero = simd.sum_lanes(simd.add(zero[0], zero[1]));
         let max = simd.max_lanes(simd.max(max[0], max[1]));
         let max = rest.iter().copied().fold(max, f32::max);
-        (zero == 0.0).then_some(max)
+        (zero == 0.0 && rest.iter().all(|value| value.is_finite())).then_some(max)
     }
 }
 
