@@ -12,6 +12,9 @@ use kiln_bundle::{BLOCK_TOKENS, ModelInfo};
 /// New tokens of a request that does not say how many, where the bundle's limit leaves room.
 pub const DEFAULT_MAX_NEW_TOKENS: u32 = 128;
 
+/// Most stop strings of a request: each piece of text is searched for all of them.
+pub const MAX_STOP_STRINGS: usize = 64;
+
 /// Most beams of a search.
 pub const MAX_BEAMS: u32 = 128;
 
@@ -290,6 +293,11 @@ impl Request {
         self.choices.check(self)?;
         self.check_beams()?;
         self.check_outputs()?;
+        if self.stop.len() > MAX_STOP_STRINGS {
+            let (name, found) = ("stop", format!("{} strings", self.stop.len()));
+            let needed = format!("at most {MAX_STOP_STRINGS} strings");
+            return Err(parameter(name, found, needed));
+        }
         if self.stop.iter().any(String::is_empty) {
             return Err(parameter(
                 "stop",
@@ -546,6 +554,7 @@ fn check_processors(processors: &Processors) -> Result<(), RequestError> {
         begin_suppress_tokens: _,
         forced_bos_token_id,
         forced_eos_token_id,
+        renormalize_logits: _,
         exponential_decay_length_penalty,
     } = processors;
     in_range("repetition_penalty", *repetition_penalty, &FACTOR)?;
@@ -696,6 +705,13 @@ mod tests {
                 ..ids(&[1])
             },
             "min_length is 20; it must be at most prompt and max_new_tokens together, which are 9",
+        );
+        check(
+            Request {
+                stop: vec!["x".to_owned(); 65],
+                ..ids(&[1])
+            },
+            "stop is 65 strings; it must be at most 64 strings",
         );
         check(
             Request {

@@ -210,6 +210,9 @@ fn candidates(
         let mut row = log_softmax(&model(&[prompt, ids].concat()));
         let position = Position::new(prompt, ids).beside(taken);
         process(&mut row, &position, parameters);
+        if parameters.renormalize_logits {
+            row = log_softmax(&row);
+        }
         candidates.extend((0..).zip(row).map(|(token, log_probability)| Candidate {
             beam,
             token,

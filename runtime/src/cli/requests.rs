@@ -96,6 +96,7 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
         "begin_suppress_tokens" => settings.begin_suppress_tokens = list(value, unsigned)?,
         "forced_bos_token_id" => settings.forced_bos_token_id = Some(unsigned(value)?),
         "forced_eos_token_id" => settings.forced_eos_token_id = Some(unsigned(value)?),
+        "renormalize_logits" => settings.renormalize_logits = flag(value)?,
         "exponential_decay_length_penalty" => {
             let (start, factor) = pair(value, "[start, factor]")?;
             settings.exponential_decay_length_penalty = Some((unsigned(start)?, float(factor)?));
@@ -123,7 +124,7 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
                  temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, seed, \
                  repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, \
                  logit_bias, sequence_bias, bad_words_ids, suppress_tokens, begin_suppress_tokens, \
-                 forced_bos_token_id, forced_eos_token_id, exponential_decay_length_penalty, stop, \
+                 forced_bos_token_id, forced_eos_token_id, renormalize_logits, exponential_decay_length_penalty, stop, \
                  stop_token_ids, ignore_eos, logprobs, echo, num_beams, length_penalty, \
                  early_stopping, num_beam_groups, diversity_penalty, num_return_sequences, best_of"
                     .to_owned(),

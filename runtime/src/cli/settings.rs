@@ -89,6 +89,10 @@ pub(super) struct Settings {
     /// Makes this the last of --max-new-tokens tokens
     #[arg(long, value_name = "ID")]
     pub(super) forced_eos_token_id: Option<u32>,
+    /// Makes probabilities of the scores again behind all that changes them; of effect on the scores of
+    /// beams and on --output-scores
+    #[arg(long)]
+    pub(super) renormalize_logits: bool,
     /// From START new tokens on, raises the logits of end-of-sequence tokens by growing powers of
     /// FACTOR
     #[arg(long, value_name = "START,FACTOR", value_parser = decay)]
@@ -244,6 +248,7 @@ impl Settings {
             begin_suppress_tokens: self.begin_suppress_tokens.clone(),
             forced_bos_token_id: self.forced_bos_token_id,
             forced_eos_token_id: self.forced_eos_token_id,
+            renormalize_logits: self.renormalize_logits,
             exponential_decay_length_penalty: self.exponential_decay_length_penalty,
         }
     }

@@ -72,7 +72,14 @@ impl Sampler {
             .extend(logits.iter().map(|&logit| logprob(logit)));
         processors::process(&mut self.scores, draw, taken, &mut self.counts);
         let mut best = Best::new(beam.count as usize);
+        let renormalises = draw.rules.is_some_and(|r| r.processors.renormalize_logits);
         if draw.params.temperature == 0.0 {
+            if renormalises {
+                let logprob = logprobs::normaliser(&self.scores);
+                self.scores
+                    .iter_mut()
+                    .for_each(|score| *score = logprob(*score));
+            }
             for (id, &score) in (0..).zip(&self.scores) {
                 let score = score + beam.score;
                 best.push(Continuation {
@@ -88,7 +95,11 @@ impl Sampler {
         self.gather(max, temperature);
         let least = beam.least_kept as usize;
         cuts::cut(&mut self.candidates, &draw.params, least, &mut self.scores);
-        let likeliest = max / temperature + beam.score;
+        let likeliest = beam.score
+            + match renormalises {
+                true => -cuts::log_total(&self.candidates),
+                false => max / temperature,
+            };
         for &Candidate { id, score } in &self.candidates {
             let score = score + likeliest;
             let noise = gumbel(draw.params.seed, [draw.index, 1 + beam.beam, id, 0]);

@@ -51,6 +51,11 @@ pub(super) fn cut(
     keep_eta(candidates, params.eta_cutoff, least, scores);
 }
 
+/// The logarithm of the sum of weights: that of the likeliest is 1.
+pub(super) fn log_total(candidates: &[Candidate]) -> f32 {
+    candidates.iter().map(Candidate::weight).sum::<f64>().ln() as f32
+}
+
 /// Keeps the `k` likeliest, and what equals the last of them (`TopKLogitsWarper`). 0 keeps all.
 fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize, least: usize, scores: &mut Vec<f32>) {
     if k == 0 || k >= candidates.len() {

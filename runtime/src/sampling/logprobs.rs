@@ -17,13 +17,16 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
-/// What makes log-probabilities of the values of a row (V), all finite.
+/// What makes log-probabilities of the values of a row (V), finite or -inf.
 pub(super) fn normaliser(row: &[f32]) -> impl Fn(f32) -> f32 + use<> {
     let isa = Isa::of_machine();
     let max = scores::max(isa, row);
     let log_total = scores::exp_sum(isa, row, max, 1.0).ln() as f32;
     // In this order: the maximum may be so large that the sum is lost beside it.
-    move |value| value - max - log_total
+    move |value| match value {
+        f32::NEG_INFINITY => value,
+        _ => value - max - log_total,
+    }
 }
 
 impl TokenLogprob {

@@ -31,6 +31,9 @@ pub struct Processors {
     pub forced_bos_token_id: Option<u32>,
     /// The last token, where a sequence reaches its maximal length.
     pub forced_eos_token_id: Option<u32>,
+    /// Makes probabilities of the scores again, behind all that changes them: for the scores of a search
+    /// over beams and those reported; a draw does so anyway.
+    pub renormalize_logits: bool,
     /// From so many new tokens on, raises the scores of end-of-sequence tokens by powers of a factor.
     pub exponential_decay_length_penalty: Option<(u32, f32)>,
 }
@@ -57,6 +60,7 @@ impl Processors {
         begin_suppress_tokens: Vec::new(),
         forced_bos_token_id: None,
         forced_eos_token_id: None,
+        renormalize_logits: false,
         exponential_decay_length_penalty: None,
     };
 }
@@ -86,6 +90,7 @@ impl Rules {
     pub fn apply_to(&self, index: u32) -> bool {
         let decays = |(start, _)| index > start;
         !self.processors.sequence_bias.is_empty()
+            || self.processors.renormalize_logits
             || !self.processors.bad_words_ids.is_empty()
             || self.read_history()
             || self.forced(index).is_some()

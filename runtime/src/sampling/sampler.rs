@@ -1,7 +1,7 @@
 //! The CPU's choice of a token: processors, cuts and a draw.
 
 use super::cuts::{self, Candidate};
-use super::{Draw, Taken, processors};
+use super::{Draw, Taken, logprobs, processors};
 use crate::cpu::{Isa, scores};
 
 /// Chooses tokens on the CPU; keeps its working memory.
@@ -59,8 +59,12 @@ impl Sampler {
         self.scores.clear();
         self.scores.extend_from_slice(logits);
         processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
+        let renormalises = draw.rules.is_some_and(|r| r.processors.renormalize_logits);
         let temperature = draw.params.temperature;
-        if let Some(max) = self.likeliest().filter(|_| temperature > 0.0) {
+        let Some(max) = self.likeliest() else {
+            return &self.scores;
+        };
+        if temperature > 0.0 {
             self.gather(max, temperature);
             cuts::cut(&mut self.candidates, &draw.params, 1, &mut self.scores);
             self.scores.clear();
@@ -68,6 +72,12 @@ impl Sampler {
             for candidate in &self.candidates {
                 self.scores[candidate.id as usize] = candidate.score + max / temperature;
             }
+        }
+        if renormalises {
+            let logprob = logprobs::normaliser(&self.scores);
+            self.scores
+                .iter_mut()
+                .for_each(|score| *score = logprob(*score));
         }
         &self.scores
     }

@@ -58,6 +58,8 @@ pub struct Parameters {
     pub exponential_decay_length_penalty: Option<(usize, f32)>,
     /// Do not occur.
     pub suppress_tokens: Vec<u32>,
+    /// Makes probabilities of the scores again, behind everything that changes them.
+    pub renormalize_logits: bool,
 
     /// Divides scores.
     pub temperature: f32,
@@ -129,6 +131,7 @@ impl Default for Parameters {
             forced_eos_token_id: None,
             exponential_decay_length_penalty: None,
             suppress_tokens: Vec::new(),
+            renormalize_logits: false,
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,

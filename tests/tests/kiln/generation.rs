@@ -412,6 +412,7 @@ fn engine_request(prompt: &[u32], parameters: &Parameters) -> Request {
             no_repeat_ngram_size: parameters.no_repeat_ngram_size as u32,
             bad_words_ids: parameters.bad_words_ids.clone(),
             suppress_tokens: parameters.suppress_tokens.clone(),
+            renormalize_logits: parameters.renormalize_logits,
             forced_bos_token_id: parameters.forced_bos_token_id,
             forced_eos_token_id: parameters.forced_eos_token_id,
             exponential_decay_length_penalty: parameters
@@ -475,6 +476,7 @@ fn any_parameters() -> impl Strategy<Value = Parameters> {
         0usize..12,
         proptest::option::of(token()),
         proptest::option::of((0usize..6, 0.8f32..1.6)),
+        any::<bool>(),
     );
     (lengths(), search, penalties, words, ends).prop_map(
         |(base, search, penalties, words, ends)| {
@@ -499,6 +501,7 @@ fn any_parameters() -> impl Strategy<Value = Parameters> {
                 min_length: ends.0,
                 forced_bos_token_id: ends.1,
                 exponential_decay_length_penalty: ends.2,
+                renormalize_logits: ends.3,
                 ..base
             }
         },
