@@ -16,7 +16,9 @@ mod pipeline;
 mod plan;
 mod plan_memory;
 mod predict;
+mod quantise;
 mod specialise;
+mod stored;
 mod tokenizer;
 
 pub use interpret::{Evaluation, LogitRows, interpret};
@@ -27,7 +29,9 @@ pub use pipeline::compile;
 pub use plan::{KernelPlan, KernelText, executable_name};
 pub use plan_memory::{MemoryPlan, plan_memory};
 pub use predict::{GPUS, Gpu, Prediction, predict};
+pub use quantise::IntRows;
 pub use specialise::{SpecialiseError, specialise};
+pub use stored::Stored;
 pub use tokenizer::TokenizerError;
 
 use kiln_bundle::WriteError;

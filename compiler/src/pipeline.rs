@@ -1,13 +1,13 @@
 //! The compiler as one page.
 
 use crate::{
-    CompileError, CompileOptions, ElementTypes, LogitRows, Model, Progress, TargetChoice, cuda,
+    CompileError, CompileOptions, LogitRows, Model, Progress, Stored, TargetChoice, cuda,
     executable_name, interpret, pack_weights, passes, plan::KernelPlan, plan_memory, specialise,
     tokenizer,
 };
 use kiln_bundle::{
     Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
-    Program, SelfTest, TOKENIZER_FILE, Target, packing::Layout,
+    Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
 };
 use kiln_ir::Graph;
 use kiln_models::{ModelConfig, Weights, build};
@@ -60,11 +60,14 @@ pub fn compile(
 
     progress.stage("specialise");
     let mut manifest = manifest(&config, options, limits);
+    let stored = Stored::new(&fused, &weights, &types);
     if options.targets.contains(&TargetChoice::Cpu) {
         let (programs, executables) = plan(&fused, &buckets, DType::F32)?;
         manifest.targets.push(Target {
             name: "cpu".to_owned(),
             weights: types.weights,
+            exceptions: exceptions(&fused, &stored),
+            tables: types.tables,
             dtype: types.dtype,
             layout: Layout::Panels,
             weights_file: "weights-cpu.safetensors".to_owned(),
@@ -84,6 +87,8 @@ pub fn compile(
             manifest.targets.push(Target {
                 name: gpu.name().to_owned(),
                 weights: types.weights,
+                exceptions: BTreeMap::new(),
+                tables: types.tables,
                 dtype: types.dtype,
                 layout: Layout::Tiles,
                 weights_file: "weights-cuda.safetensors".to_owned(),
@@ -100,7 +105,7 @@ pub fn compile(
     for target in &manifest.targets {
         // GPUs share one file.
         if packed.insert(&target.weights_file) {
-            pack_weights(&mut writer, &manifest, target, &fused, &weights, progress)?;
+            pack_weights(&mut writer, &manifest, target, &fused, &stored, progress)?;
         }
     }
     if let Some(tokenizer) = tokenizer {
@@ -108,7 +113,8 @@ pub fn compile(
     }
 
     progress.stage("self-test");
-    manifest.self_test = self_test(&graph, &weights, &manifest, types, progress)?;
+    let stored = Stored::new(&graph, &weights, &types);
+    manifest.self_test = self_test(&graph, &stored, &manifest, types.dtype, progress)?;
     Ok(writer.finish(manifest)?)
 }
 
@@ -140,6 +146,15 @@ fn plan(
         })
         .collect();
     Ok((programs, executables))
+}
+
+/// Matrices that are not stored as the others.
+fn exceptions(graph: &Graph, stored: &Stored<'_>) -> BTreeMap<String, WeightFormat> {
+    let matrices = graph.weights().filter(|(id, _)| stored.is_matrix(*id));
+    matrices
+        .map(|(id, weight)| (weight.name.clone(), stored.format(id)))
+        .filter(|(_, format)| *format != stored.common_format())
+        .collect()
 }
 
 fn verified(pass: &'static str, graph: &Graph) -> Result<(), CompileError> {
@@ -188,9 +203,9 @@ const SELF_TEST_LOGITS: usize = 8;
 
 fn self_test(
     graph: &Graph,
-    weights: &Weights,
+    weights: &Stored<'_>,
     manifest: &Manifest,
-    types: ElementTypes,
+    dtype: DType,
     progress: &dyn Progress,
 ) -> Result<SelfTest, CompileError> {
     let vocabulary = manifest.model.vocab_size;
@@ -201,14 +216,7 @@ fn self_test(
             (u64::from(vocabulary - 1) * u64::from(token) / u64::from(SELF_TEST_TOKENS + 1)) as u32
         })
         .collect();
-    let evaluation = interpret(
-        graph,
-        weights,
-        types.weights,
-        &token_ids,
-        LogitRows::Last,
-        progress,
-    )?;
+    let evaluation = interpret(graph, weights, &token_ids, LogitRows::Last, progress)?;
     let mut ranked: Vec<(u32, f32)> = (0..).zip(evaluation.logits).collect();
     if let Some(&(id, logit)) = ranked.iter().find(|(_, logit)| !logit.is_finite()) {
         return Err(CompileError::NotFinite {
@@ -220,8 +228,8 @@ fn self_test(
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     ranked.truncate(SELF_TEST_LOGITS);
     // Only what a target rounds and the interpreter does not: the cache, activations, and f32 sums.
-    let tolerance = match types.dtype {
-        DType::F32 | DType::I32 => 5e-4,
+    let tolerance = match dtype {
+        DType::F32 | DType::I32 | DType::U8 => 5e-4,
         DType::F16 => 5e-3,
         DType::Bf16 => 4e-2,
     };

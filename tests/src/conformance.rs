@@ -6,7 +6,7 @@
 //! as a step takes. [`invariance`] asks a device alone for the same rows in different
 //! company and compares bytes.
 
-use kiln_bundle::{Bundle, DType, Phase};
+use kiln_bundle::{Bundle, DType, Phase, WeightFormat};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile};
 use kiln_models::{ModelConfig, builtin};
 use kiln_runtime::{
@@ -86,7 +86,7 @@ impl Subject {
             model_name: self.name.to_owned(),
             targets,
             dtype: Some(dtype),
-            weights: Some(dtype),
+            weights: WeightFormat::of(dtype),
             emit_only,
             max_batch: self.max_batch,
             max_seq_len: Some(MAX_SEQ_LEN),

@@ -2,7 +2,7 @@
 //! nothing left behind.
 
 use crate::fixture;
-use kiln_bundle::{Bundle, BundleError, DType};
+use kiln_bundle::{Bundle, BundleError, DType, WeightFormat};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile, cuda::CudaTarget};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -102,7 +102,7 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 fn formats_of_one_checkpoint_give_one_bundle() {
     // tiny-opt-bin holds the f16 rounding of tiny-opt, under names with another prefix.
     let options = CompileOptions {
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         ..CompileOptions::default()
     };
     let dir = TempDir::new().unwrap();
@@ -202,7 +202,7 @@ fn values_that_the_element_type_cannot_hold() {
         }
     });
     let options = CompileOptions {
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         ..CompileOptions::default()
     };
     refuses(
@@ -514,7 +514,7 @@ fn gpus_take_16_bits() {
     );
     let options = CompileOptions {
         dtype: Some(DType::Bf16),
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         ..for_gpus(&[CudaTarget::Sm80])
     };
     refuses(&fixture("tiny-opt"), &options, "--weights is f16");
