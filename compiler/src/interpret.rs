@@ -76,17 +76,18 @@ pub fn interpret(
     Ok(evaluation)
 }
 
-struct Interpreter<'a> {
-    graph: &'a Graph,
-    weights: &'a Stored<'a>,
-    token_ids: &'a [u32],
-    rows: LogitRows,
+pub(crate) struct Interpreter<'a> {
+    pub(crate) graph: &'a Graph,
+    pub(crate) weights: &'a Stored<'a>,
+    pub(crate) token_ids: &'a [u32],
+    pub(crate) rows: LogitRows,
     /// Row-major values; those of a `kv_write` are all rows of k, then all rows of v.
-    values: HashMap<ValueId, Vec<f32>>,
+    pub(crate) values: HashMap<ValueId, Vec<f32>>,
 }
 
 impl Interpreter<'_> {
-    fn node(&self, value: ValueId) -> Result<Vec<f32>, WeightError> {
+    /// Evaluates a node whose operands have been.
+    pub(crate) fn node(&self, value: ValueId) -> Result<Vec<f32>, WeightError> {
         let operands = self.graph.operands(value);
         let operand = |position: usize| self.values[&operands[position]].clone();
         match self.graph.node(value).op {

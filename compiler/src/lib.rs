@@ -6,6 +6,7 @@
 //!
 //! [`compile`] is the table of contents; each stage is a module named after it.
 
+mod calibrate;
 pub mod cuda;
 mod interpret;
 mod model;
@@ -21,6 +22,7 @@ mod specialise;
 mod stored;
 mod tokenizer;
 
+pub use calibrate::{Factor, calibrate};
 pub use interpret::{Evaluation, LogitRows, interpret};
 pub use model::{Model, ModelError};
 pub use options::{CompileOptions, ElementTypes, OptionError, TargetChoice};
@@ -31,7 +33,7 @@ pub use plan_memory::{MemoryPlan, plan_memory};
 pub use predict::{GPUS, Gpu, Prediction, predict};
 pub use quantise::IntRows;
 pub use specialise::{SpecialiseError, specialise};
-pub use stored::Stored;
+pub use stored::{Calibrated, Stored};
 pub use tokenizer::TokenizerError;
 
 use kiln_bundle::WriteError;
@@ -110,6 +112,14 @@ pub enum CompileError {
     /// The output.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The text of `--calibrate`.
+    #[error("cannot calibrate on {}: {problem}", path.display())]
+    Calibrate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The directory of `--dump-ir`.
     #[error("cannot write {}: {source}", path.display())]
     Dump {

@@ -35,6 +35,8 @@ pub struct CompileOptions {
     /// How the LM head is stored, and the token table. When absent: as int8 where `weights` are
     /// integers, else as `weights`.
     pub lm_head: Option<WeightFormat>,
+    /// A text to round matrices of integers by; without it each weight is rounded to the nearest.
+    pub calibrate: Option<PathBuf>,
     /// Leave out the machine code of CUDA targets.
     pub emit_only: bool,
     /// Most sequences in a step.
@@ -59,6 +61,7 @@ impl Default for CompileOptions {
             dtype: None,
             weights: None,
             lm_head: None,
+            calibrate: None,
             emit_only: false,
             max_batch: 16,
             max_seq_len: None,
@@ -142,6 +145,15 @@ impl CompileOptions {
     /// Types that a GPU among the targets does not take.
     pub fn element_types(&self, config: &ModelConfig) -> Result<ElementTypes, OptionError> {
         let own = WeightFormat::of(config.dtype).unwrap_or(WeightFormat::F32);
+        if let Some(path) = &self.calibrate
+            && self.weights.and_then(WeightFormat::int).is_none()
+        {
+            return Err(OptionError {
+                flag: "calibrate",
+                found: path.display().to_string(),
+                needed: "it is of use with --weights int8 or int4 alone".to_owned(),
+            });
+        }
         if self.cuda_targets().is_empty() {
             let weights = self.weights.unwrap_or(own);
             let lm_head = self.lm_head.unwrap_or(match weights {

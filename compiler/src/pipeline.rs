@@ -1,9 +1,9 @@
 //! The compiler as one page.
 
 use crate::{
-    CompileError, CompileOptions, LogitRows, Model, Progress, Stored, TargetChoice, cuda,
-    executable_name, interpret, pack_weights, passes, plan::KernelPlan, plan_memory, specialise,
-    tokenizer,
+    Calibrated, CompileError, CompileOptions, LogitRows, Model, Progress, Stored, TargetChoice,
+    calibrate, cuda, executable_name, interpret, pack_weights, passes, plan::KernelPlan,
+    plan_memory, specialise, tokenizer,
 };
 use kiln_bundle::{
     Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
@@ -58,9 +58,16 @@ pub fn compile(
     verified("fuse", &fused)?;
     dump.write("fuse.ir", &fused)?;
 
+    let mut exact = Stored::new(&graph, &weights, &types, Calibrated::new());
+    if let Some(path) = &options.calibrate {
+        progress.stage("calibrate");
+        let windows = calibration_windows(path, tokenizer.as_deref(), &config)?;
+        calibrate(&graph, &mut exact, &windows, progress)?;
+    }
+    let stored = Stored::new(&fused, &weights, &types, exact.calibrated().clone());
+
     progress.stage("specialise");
     let mut manifest = manifest(&config, options, limits);
-    let stored = Stored::new(&fused, &weights, &types);
     if options.targets.contains(&TargetChoice::Cpu) {
         let (programs, executables) = plan(&fused, &buckets, DType::F32)?;
         manifest.targets.push(Target {
@@ -113,9 +120,41 @@ pub fn compile(
     }
 
     progress.stage("self-test");
-    let stored = Stored::new(&graph, &weights, &types);
-    manifest.self_test = self_test(&graph, &stored, &manifest, types.dtype, progress)?;
+    manifest.self_test = self_test(&graph, &exact, &manifest, types.dtype, progress)?;
     Ok(writer.finish(manifest)?)
+}
+
+/// Tokens that matrices are calibrated on at most, and those of a window.
+const CALIBRATION_TOKENS: usize = 8192;
+const CALIBRATION_WINDOW: usize = 512;
+
+/// A text cut into windows, each of which begins as the tokenizer begins the text.
+fn calibration_windows(
+    path: &Path,
+    tokenizer: Option<&str>,
+    config: &ModelConfig,
+) -> Result<Vec<Vec<u32>>, CompileError> {
+    let fail = |problem: String| CompileError::Calibrate {
+        path: path.to_owned(),
+        problem,
+    };
+    let tokenizer = tokenizer.ok_or_else(|| fail("the model has no tokenizer".to_owned()))?;
+    let text = fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
+    let mut ids = tokenizer::encode(tokenizer, &text).map_err(fail)?;
+    ids.truncate(CALIBRATION_TOKENS);
+    let start = ids
+        .first()
+        .copied()
+        .filter(|&id| Some(id) == config.bos_token_id);
+    let ids = &ids[usize::from(start.is_some())..];
+    if ids.is_empty() {
+        return Err(fail("it has no tokens".to_owned()));
+    }
+    let window = CALIBRATION_WINDOW.min(config.max_positions);
+    let windows = ids.chunks((window - usize::from(start.is_some())).max(1));
+    Ok(windows
+        .map(|window| start.iter().chain(window).copied().collect())
+        .collect())
 }
 
 /// The programs of both phases, and an executable for each bucket.

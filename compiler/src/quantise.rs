@@ -47,6 +47,14 @@ impl IntRows {
         }
     }
 
+    /// Rows of these codes, (rows, K), on these grids, (rows, groups).
+    pub(crate) fn of(format: IntFormat, k: usize, codes: Vec<i8>, grids: &[Grid]) -> IntRows {
+        let mut rows = IntRows::empty(format, k);
+        rows.codes = codes;
+        grids.iter().for_each(|&grid| rows.push_grid(grid));
+        rows
+    }
+
     /// Rounds rows, (rows, K), each value to the nearest of its group's grid.
     pub fn round(rows: &[f32], k: usize, format: IntFormat) -> IntRows {
         let mut rounded = IntRows::empty(format, k);
@@ -124,7 +132,20 @@ impl IntRows {
 impl Grid {
     /// The grid of the least squared error among those tried.
     pub(crate) fn fit(group: &[f32], format: IntFormat) -> Grid {
-        let mut best = (f32::INFINITY, Grid::of(0.0, 0.0));
+        let (_, highest) = format.codes();
+        let highest = f32::from(highest);
+        let extreme = |start: f32, better: fn(f32, f32) -> f32| {
+            group.iter().fold(start, |a, &b| better(a, b))
+        };
+        let (low, span) = match format.has_minimum() {
+            true => {
+                let low = extreme(f32::INFINITY, f32::min);
+                (low, extreme(f32::NEG_INFINITY, f32::max) - low)
+            }
+            false => (0.0, extreme(0.0, |a, b| a.abs().max(b.abs()))),
+        };
+        // Kept where squares overflow.
+        let mut best = (f32::INFINITY, Grid::of(span / highest, low));
         let mut attempt = |scale: f32, minimum: f32| {
             let grid = Grid::of(scale, minimum);
             let fit = Fit::new(group, grid, format);
@@ -133,27 +154,17 @@ impl Grid {
             }
             fit
         };
-        let extreme = |start: f32, better: fn(f32, f32) -> f32| {
-            group.iter().fold(start, |a, &b| better(a, b))
-        };
-        if format.has_minimum() {
-            let low = extreme(f32::INFINITY, f32::min);
-            let span = extreme(f32::NEG_INFINITY, f32::max) - low;
-            let (_, highest) = format.codes();
-            for share in SPANS {
-                for place in PLACES.into_iter().take(if share < 1.0 { 3 } else { 1 }) {
-                    let minimum = low + (1.0 - share) * span * place;
-                    let fit = attempt(share * span / f32::from(highest), minimum);
-                    let (scale, minimum) = fit.affine(group.len());
-                    attempt(scale, minimum);
-                }
-            }
-        } else {
-            let (_, highest) = format.codes();
-            let largest = extreme(0.0, |a, b| a.abs().max(b.abs()));
-            for share in SPANS {
-                let fit = attempt(share * largest / f32::from(highest), 0.0);
+        for share in SPANS {
+            if !format.has_minimum() {
+                let fit = attempt(share * span / highest, 0.0);
                 attempt(fit.linear(), 0.0);
+                continue;
+            }
+            for place in PLACES.into_iter().take(if share < 1.0 { 3 } else { 1 }) {
+                let minimum = low + (1.0 - share) * span * place;
+                let fit = attempt(share * span / highest, minimum);
+                let (scale, minimum) = fit.affine(group.len());
+                attempt(scale, minimum);
             }
         }
         best.1
@@ -255,5 +266,146 @@ impl Fit {
         }
         let scale = (n * self.qx - self.q * self.x) / determinant;
         (scale, (self.x - scale * self.q) / n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_bundle::WeightFormat;
+
+    const FORMATS: [&str; 5] = ["int8", "int8:g32", "int4:g32", "int4:g64", "int4:g128"];
+
+    fn format(text: &str) -> IntFormat {
+        let format: WeightFormat = text.parse().unwrap();
+        format.int().unwrap()
+    }
+
+    /// Values of a bell curve, a few of them far out.
+    fn weights(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut uniform = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 24) as f32
+        };
+        (0..len)
+            .map(|at| {
+                let bell = (0..12).map(|_| uniform()).sum::<f32>() - 6.0;
+                if at % 97 == 5 { 4.0 * bell } else { bell }
+            })
+            .collect()
+    }
+
+    /// Squared error of the plainest rounding: each group between its extremes, in f64.
+    fn plain_error(rows: &[f32], k: usize, format: IntFormat) -> f64 {
+        let (lowest, highest) = format.codes();
+        let mut error = 0.0;
+        for group in rows.chunks(k).flat_map(|row| row.chunks(format.group(k))) {
+            let low = group.iter().fold(f64::MAX, |a, &b| a.min(f64::from(b)));
+            let high = group.iter().fold(f64::MIN, |a, &b| a.max(f64::from(b)));
+            let (scale, minimum) = match format.has_minimum() {
+                true => ((high - low) / f64::from(highest), low),
+                false => (high.max(-low) / f64::from(highest), 0.0),
+            };
+            for &value in group {
+                let value = f64::from(value);
+                let code = ((value - minimum) / scale).round();
+                let code = code.clamp(f64::from(lowest), f64::from(highest));
+                error += (scale * code + minimum - value).powi(2);
+            }
+        }
+        error
+    }
+
+    fn error(rows: &[f32], values: &[f32]) -> f64 {
+        assert_eq!(rows.len(), values.len());
+        let squares = rows.iter().zip(values);
+        squares
+            .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2))
+            .sum()
+    }
+
+    #[test]
+    fn rounding_is_better_than_between_the_extremes() {
+        let k = 300;
+        let rows = weights(64 * k, 3);
+        for (text, share) in FORMATS.into_iter().zip([1.01, 1.03, 0.90, 0.85, 0.85]) {
+            let format = format(text);
+            let values = IntRows::round(&rows, k, format).values();
+            let (found, plain) = (error(&rows, &values), plain_error(&rows, k, format));
+            assert!(found < share * plain, "{text}: {found} for {plain}");
+        }
+    }
+
+    #[test]
+    fn no_value_is_off_by_more_than_its_step_and_what_is_clipped() {
+        let k = 130;
+        let rows = weights(32 * k, 9);
+        for text in FORMATS {
+            let format = format(text);
+            let values = IntRows::round(&rows, k, format).values();
+            let group = format.group(k);
+            let groups = rows.chunks(k).zip(values.chunks(k));
+            for (exact, values) in groups.flat_map(|(a, b)| a.chunks(group).zip(b.chunks(group))) {
+                let largest = exact.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                // A span is narrowed by a quarter at most, and then fitted.
+                let steps = if format.has_minimum() {
+                    0.6 * largest
+                } else {
+                    0.3 * largest
+                };
+                for (a, b) in exact.iter().zip(values) {
+                    assert!((a - b).abs() <= steps, "{text}: {b} for {a}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn extraordinary_groups_stay_finite() {
+        let mut outlier = vec![1e-3; 64];
+        outlier[7] = -50.0;
+        let groups = [
+            vec![0.0; 64],
+            vec![-0.25; 64],
+            vec![1e-30; 64],
+            vec![1e25; 64],
+            outlier,
+        ];
+        for text in FORMATS {
+            for rows in &groups {
+                let values = IntRows::round(rows, 64, format(text)).values();
+                let largest = rows.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                for (found, exact) in values.iter().zip(rows) {
+                    let off = (found - exact).abs();
+                    assert!(
+                        off <= 0.02 * largest,
+                        "{text}: {found} for {exact} of {largest}"
+                    );
+                }
+            }
+        }
+        let huge = [f32::MAX, -f32::MAX].repeat(32);
+        for text in FORMATS {
+            let values = IntRows::round(&huge, 64, format(text)).values();
+            assert_eq!(values.len(), huge.len());
+        }
+    }
+
+    #[test]
+    fn parts_of_rows_are_rounded_alike() {
+        let k = 96;
+        let rows = weights(10 * k, 4);
+        for text in FORMATS {
+            let whole = IntRows::round(&rows, k, format(text));
+            let mut parts = IntRows::empty(format(text), k);
+            for part in rows.chunks(3 * k) {
+                parts.append(IntRows::round(part, k, format(text)));
+            }
+            assert_eq!(parts, whole);
+            assert_eq!(whole.rows(2..5).values(), whole.values()[2 * k..5 * k]);
+        }
     }
 }

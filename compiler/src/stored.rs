@@ -2,9 +2,13 @@
 
 use crate::{ElementTypes, IntRows};
 use kiln_bundle::{IntFormat, WeightFormat};
-use kiln_ir::{DType, Graph, Op, WeightId};
+use kiln_ir::{DType, Graph, Op, WeightId, WeightSource};
 use kiln_models::{WeightError, Weights};
-use std::{collections::HashSet, ops::Range};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+    sync::Arc,
+};
 
 /// The weights of a graph, and what each is rounded to.
 pub struct Stored<'a> {
@@ -14,11 +18,20 @@ pub struct Stored<'a> {
     /// The LM head, and the token table, which mostly is the same.
     heads: HashSet<WeightId>,
     position_tables: HashSet<WeightId>,
+    calibrated: Calibrated,
 }
 
+/// Matrices that were rounded beforehand, by name.
+pub type Calibrated = HashMap<String, Arc<IntRows>>;
+
 impl<'a> Stored<'a> {
-    /// The weights of a graph that they are bound to.
-    pub fn new(graph: &'a Graph, weights: &'a Weights, types: &'a ElementTypes) -> Stored<'a> {
+    /// The weights of a graph that they are bound to, some of its matrices rounded already.
+    pub fn new(
+        graph: &'a Graph,
+        weights: &'a Weights,
+        types: &'a ElementTypes,
+        calibrated: Calibrated,
+    ) -> Stored<'a> {
         let (mut heads, mut position_tables) = (HashSet::new(), HashSet::new());
         for value in graph.schedule().unwrap_or_default() {
             match graph.node(value).op {
@@ -41,7 +54,18 @@ impl<'a> Stored<'a> {
             types,
             heads,
             position_tables,
+            calibrated,
         }
+    }
+
+    /// Matrices that were rounded beforehand.
+    pub fn calibrated(&self) -> &Calibrated {
+        &self.calibrated
+    }
+
+    /// Stores a matrix as these rows.
+    pub(crate) fn replace(&mut self, matrix: String, rows: IntRows) {
+        self.calibrated.insert(matrix, Arc::new(rows));
     }
 
     /// How a matrix or a position table is stored.
@@ -107,6 +131,24 @@ impl<'a> Stored<'a> {
     ) -> Result<IntRows, WeightError> {
         let weight = self.graph.weight(id);
         let k = weight.shape[1..].iter().product();
-        Ok(IntRows::round(&self.exact_rows(id, rows)?, k, format))
+        if let Some(rounded) = self.calibrated.get(&weight.name) {
+            return Ok(rounded.rows(rows));
+        }
+        let WeightSource::Concat(parts) = &weight.source else {
+            return Ok(IntRows::round(&self.exact_rows(id, rows)?, k, format));
+        };
+        // Parts that the calibrated graph had as matrices of their own.
+        let mut joined = IntRows::empty(format, k);
+        let mut first = 0;
+        for &part in parts {
+            let len = self.graph.weight(part).shape[0];
+            let start = rows.start.clamp(first, first + len) - first;
+            let end = rows.end.clamp(first, first + len) - first;
+            if start < end {
+                joined.append(self.int_rows(part, start..end, format)?);
+            }
+            first += len;
+        }
+        Ok(joined)
     }
 }

@@ -117,7 +117,7 @@ pub struct Outcome {
 /// f32 with the same weights and KV cache type; a GPU rounds what its layers hand on.
 pub const fn tolerance(dtype: DType) -> f32 {
     match dtype {
-        DType::F32 | DType::I32 => 1e-4,
+        DType::F32 | DType::I32 | DType::U8 => 1e-4,
         DType::F16 => 4e-3,
         DType::Bf16 => 3e-2,
     }

@@ -42,6 +42,11 @@ pub struct Arguments {
     /// [default: int8 where --weights are integers, else as --weights]
     #[arg(long, value_name = "FORMAT")]
     lm_head: Option<WeightFormat>,
+    /// A text like those that the model is for, UTF-8. Matrices of integers are rounded so that what they
+    /// compute on it changes least (GPTQ), instead of each weight to the nearest; its first 8192 tokens
+    /// are used
+    #[arg(long, value_name = "FILE")]
+    calibrate: Option<PathBuf>,
     /// Most sequences in one step.
     #[arg(long, value_name = "N", default_value_t = 16)]
     max_batch: u32,
@@ -146,6 +151,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         emit_only: arguments.emit_only,
         weights: arguments.weights,
         lm_head: arguments.lm_head,
+        calibrate: arguments.calibrate.clone(),
         max_batch: arguments.max_batch,
         max_seq_len: arguments.max_seq_len,
         prefill_buckets: arguments.prefill_buckets.clone(),

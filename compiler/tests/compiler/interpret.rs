@@ -50,7 +50,7 @@ fn check_graph(model: &str, graph: &Graph, tensors: &SafeTensors<'_>, cases: &se
     for (index, prompt) in prompts.iter().enumerate() {
         let ids: Vec<u32> = serde_json::from_value(prompt["prompt_ids"].clone()).unwrap();
         let types = ElementTypes::of(DType::F32, WeightFormat::F32);
-        let stored = Stored::new(graph, &weights, &types);
+        let stored = Stored::new(graph, &weights, &types, Calibrated::new());
         let found = interpret(graph, &stored, &ids, LogitRows::All, &Silent).unwrap();
         let off = deviation(
             &found.logits,
