@@ -169,7 +169,7 @@ fn formats_that_contradict_the_weights_are_named() {
         // Other sizes than those of the file.
         ("int4:g32", "int8:g32", "needed is u8"),
         ("int4:g32", "f16", "needed is f16"),
-        ("\"int8\"", "\"int8:g32\"", "needed is u8"),
+        ("\"int8\"", "\"int4:g32\"", "needed is u8"),
         ("\"int8\"", "\"bf16\"", "needed is bf16"),
         // What is no matrix.
         (

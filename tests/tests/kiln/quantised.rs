@@ -37,17 +37,18 @@ fn perplexity(bundle: &TestBundle) -> f64 {
     let text = fixture("held-out.txt").to_string_lossy().into_owned();
     let flags = ["kiln", "eval", "--file", &text, "--bos", "--stride", "511"];
     let report = json(&flags, bundle);
-    assert_eq!(report["scored"], 7049);
+    assert_eq!(report["scored"], 4004);
     report["perplexity"].as_f64().unwrap()
 }
 
 #[test]
 fn perplexity_hardly_changes() {
     let exact = perplexity(&demo("f32"));
-    // The whole held-out text has 36.86; this is a part of it.
-    assert!((30.0..45.0).contains(&exact), "{exact}");
+    // PyTorch finds 36.86 for the whole held-out text; this is a part of it.
+    assert!((27.0..30.0).contains(&exact), "{exact}");
+    // Rounding to the nearest changes it by 1.2% in int4.
     let text = Some(fixture("calibration.txt"));
-    for (weights, calibrate, share) in [("int8", None, 0.005), ("int4", text, 0.03)] {
+    for (weights, calibrate, share) in [("int8", None, 0.005), ("int4", text, 0.01)] {
         let found = perplexity(&compile(weights, calibrate));
         assert!(
             (found / exact - 1.0).abs() < share,
