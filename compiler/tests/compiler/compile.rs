@@ -470,7 +470,7 @@ fn one_bundle_serves_the_cpu_and_several_gpus() {
         panic!("three targets");
     };
     // The checkpoint is f32; tensor cores are not, and a bundle has one type of weights.
-    assert_eq!((cpu.weights, cpu.dtype), (DType::F16, DType::F16));
+    assert_eq!((cpu.weights, cpu.dtype), (WeightFormat::F16, DType::F16));
     assert_eq!(sm_80.weights_file, sm_90a.weights_file);
     assert_eq!(sm_80.executables, sm_90a.executables);
     assert!(cpu.executables.iter().all(|e| e.launches.is_empty()));
@@ -510,7 +510,7 @@ fn gpus_take_16_bits() {
     refuses(
         &fixture("tiny-opt"),
         &options,
-        "--dtype is f32; a CUDA target takes f16 or bf16, the same for --dtype and --weights",
+        "--dtype is f32; a CUDA target takes f16 or bf16, the same for --dtype, --weights and --lm-head",
     );
     let options = CompileOptions {
         dtype: Some(DType::Bf16),

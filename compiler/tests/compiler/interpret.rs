@@ -2,7 +2,9 @@
 
 use crate::fixture;
 use kiln_bundle::WeightFormat;
-use kiln_compiler::{ElementTypes, LogitRows, Model, Silent, Stored, interpret, passes::fuse};
+use kiln_compiler::{
+    Calibrated, ElementTypes, LogitRows, Model, Silent, Stored, interpret, passes::fuse,
+};
 use kiln_ir::{DType, Graph};
 use kiln_models::{Weights, build};
 use safetensors::SafeTensors;

@@ -104,10 +104,8 @@ impl<W: Weights> Tile<W> {
             // SAFETY: this step of `b`.
             let mut step = [unsafe { W::load_step(simd, b) }; VECTORS];
             unrolled!(V in VECTORS {
-                if V > 0 {
-                    // SAFETY: as above.
-                    step[V] = unsafe { W::load_step(simd, b.add(V * LANES)) };
-                }
+                // SAFETY: as above.
+                step[V] = unsafe { W::load_step(simd, b.add(V * LANES)) };
             });
             unrolled!(I in W::INPUTS {
                 let mut column = [simd.zero(); VECTORS];
