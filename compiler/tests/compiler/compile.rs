@@ -358,9 +358,9 @@ fn manifests_that_lie_are_refused() {
         assert!(error.contains(message), "found: {error}\nneeded: {message}");
     };
     refused(
-        "\"format_version\": 2",
         "\"format_version\": 3",
-        "has bundle format 3 (written by kiln 0.1.0); this kiln reads format 2: use a newer kiln",
+        "\"format_version\": 4",
+        "has bundle format 4 (written by kiln 0.1.0); this kiln reads format 3: use a newer kiln",
     );
     refused(
         "\"layers\": 3",
