@@ -10,10 +10,8 @@
 )]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kiln_bundle::{DType, packing};
-use kiln_runtime::cpu::{
-    Cpu, Isa, Linear, PackedMatrix, Rows, RowsMut, Storage, ThreadPool, linear,
-};
+use kiln_bundle::{WeightFormat, packing::Layout};
+use kiln_runtime::cpu::{Cpu, Isa, Linear, PackedMatrix, Rows, RowsMut, ThreadPool, linear};
 use std::hint::black_box;
 
 /// (name, N, K): the linears of a layer and the LM head.
@@ -34,15 +32,15 @@ fn linears(criterion: &mut Criterion) {
     for (phase, tokens) in [("decode", 1), ("decode8", 8), ("prefill512", 512)] {
         let mut group = criterion.benchmark_group(phase);
         group.sample_size(20);
-        for dtype in [DType::F32, DType::Bf16] {
+        for format in ["f32", "bf16", "int8", "int4:g64"] {
+            let format: WeightFormat = format.parse().expect("a format");
             for (name, n, k) in SHAPES {
                 if tokens > 64 && name == "head" {
                     // The head is computed for a few rows only.
                     continue;
                 }
-                let elements = packing::packed_shape(n, k).iter().product::<usize>();
-                let bytes = elements * dtype.size_bytes();
-                // Small values of either type: the exponent stays in range.
+                let bytes = format.bytes(Layout::Panels, n, k) as usize;
+                // Small values of any type: the exponent stays in range.
                 let words = vec![0x3c10_3c10_u32; bytes / 4];
                 let x = vec![0.5_f32; tokens * k];
                 let mut out = vec![0.0_f32; tokens * n];
@@ -50,10 +48,10 @@ fn linears(criterion: &mut Criterion) {
                     512 => Throughput::Elements((2 * tokens * n * k) as u64),
                     _ => Throughput::Bytes(bytes as u64),
                 });
-                group.bench_function(BenchmarkId::new(name, dtype), |bencher| {
-                    let storage =
-                        Storage::new(bytemuck::cast_slice(&words), dtype).expect("aligned");
-                    let weight = PackedMatrix::new(storage, n, k).expect("the packed size");
+                group.bench_function(BenchmarkId::new(name, format), |bencher| {
+                    let bytes = bytemuck::cast_slice(&words);
+                    let weight = PackedMatrix::from_bytes(bytes, format, n, k);
+                    let weight = weight.expect("the packed size");
                     let spec = Linear::new(weight);
                     bencher.iter(|| {
                         let rows = Rows::new(black_box(&x), tokens, k);

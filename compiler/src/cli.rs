@@ -8,6 +8,7 @@ mod model;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
+use kiln_bundle::Target;
 use kiln_compiler::{CompileError, ModelError, PackageError};
 use kiln_models::{ModelConfig, builtin, builtin_names, parameters};
 use std::io::{self, Write};
@@ -118,6 +119,16 @@ fn table(header: &[&str]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// How a target's matrices are stored: `int4:g64, LM head int8`.
+fn formats(target: &Target) -> String {
+    match target.lm_head() {
+        Some(lm_head) if lm_head != target.weights => {
+            format!("{}, LM head {lm_head}", target.weights)
+        }
+        _ => target.weights.to_string(),
+    }
 }
 
 /// Prints a result; a reader that has gone away is no failure.

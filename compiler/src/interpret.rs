@@ -5,10 +5,10 @@
 //! to something that shares none of their code. Sums are taken in f64. Weights are read a block at
 //! a time, so that a model larger than memory can be evaluated.
 
-use kiln_ir::{Activation, DType, Graph, Linear, Norm, Op, Rows, Type, ValueId, WeightId};
-use kiln_models::{WeightError, Weights};
+use kiln_ir::{Activation, Graph, Linear, Norm, Op, Rows, Type, ValueId, WeightId};
+use kiln_models::WeightError;
 
-use crate::{CompileError, Progress};
+use crate::{CompileError, Progress, Stored};
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -35,7 +35,7 @@ pub enum LogitRows {
 
 /// Evaluates a verified graph for one sequence without a past.
 ///
-/// Matrices are rounded to `weights_dtype` first, as the bundle stores them.
+/// Matrices are rounded first, as the bundle stores them.
 ///
 /// # Errors
 /// A weight that cannot be read, or a cancellation.
@@ -44,8 +44,7 @@ pub enum LogitRows {
 /// On a graph that does not verify, or token ids and positions outside its tables.
 pub fn interpret(
     graph: &Graph,
-    weights: &Weights,
-    weights_dtype: DType,
+    weights: &Stored<'_>,
     token_ids: &[u32],
     rows: LogitRows,
     progress: &dyn Progress,
@@ -53,7 +52,6 @@ pub fn interpret(
     let mut interpreter = Interpreter {
         graph,
         weights,
-        weights_dtype,
         token_ids,
         rows,
         values: HashMap::new(),
@@ -78,18 +76,18 @@ pub fn interpret(
     Ok(evaluation)
 }
 
-struct Interpreter<'a> {
-    graph: &'a Graph,
-    weights: &'a Weights,
-    weights_dtype: DType,
-    token_ids: &'a [u32],
-    rows: LogitRows,
+pub(crate) struct Interpreter<'a> {
+    pub(crate) graph: &'a Graph,
+    pub(crate) weights: &'a Stored<'a>,
+    pub(crate) token_ids: &'a [u32],
+    pub(crate) rows: LogitRows,
     /// Row-major values; those of a `kv_write` are all rows of k, then all rows of v.
-    values: HashMap<ValueId, Vec<f32>>,
+    pub(crate) values: HashMap<ValueId, Vec<f32>>,
 }
 
 impl Interpreter<'_> {
-    fn node(&self, value: ValueId) -> Result<Vec<f32>, WeightError> {
+    /// Evaluates a node whose operands have been.
+    pub(crate) fn node(&self, value: ValueId) -> Result<Vec<f32>, WeightError> {
         let operands = self.graph.operands(value);
         let operand = |position: usize| self.values[&operands[position]].clone();
         match self.graph.node(value).op {
@@ -180,30 +178,14 @@ impl Interpreter<'_> {
 
     fn vector(&self, id: WeightId) -> Result<Vec<f32>, WeightError> {
         self.weights
-            .rows(self.graph, id, 0..self.graph.weight(id).shape[0])
-    }
-
-    fn matrix_rows(
-        &self,
-        id: WeightId,
-        rows: std::ops::Range<usize>,
-    ) -> Result<Vec<f32>, WeightError> {
-        let mut values = self.weights.rows(self.graph, id, rows)?;
-        for value in &mut values {
-            *value = match self.weights_dtype {
-                DType::F16 => half::f16::from_f32(*value).to_f32(),
-                DType::Bf16 => half::bf16::from_f32(*value).to_f32(),
-                DType::F32 | DType::I32 => *value,
-            };
-        }
-        Ok(values)
+            .exact_rows(id, 0..self.graph.weight(id).shape[0])
     }
 
     fn gather(&self, table: WeightId, ids: &[f32], offset: u32) -> Result<Vec<f32>, WeightError> {
         let mut rows = vec![];
         for id in ids {
             let row = *id as usize + offset as usize;
-            rows.extend(self.matrix_rows(table, row..row + 1)?);
+            rows.extend(self.weights.rows(table, row..row + 1)?);
         }
         Ok(rows)
     }
@@ -219,7 +201,7 @@ impl Interpreter<'_> {
         let mut result = vec![0.0; tokens * n];
         for first in (0..n).step_by(block) {
             let rows = first..(first + block).min(n);
-            let w = self.matrix_rows(weight, rows.clone())?;
+            let w = self.weights.rows(weight, rows.clone())?;
             let products: Vec<f32> = w
                 .par_chunks(k)
                 .flat_map_iter(|row| x.chunks(k).map(move |x| dot(x, row) as f32))

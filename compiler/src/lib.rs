@@ -6,6 +6,7 @@
 //!
 //! [`compile`] is the table of contents; each stage is a module named after it.
 
+mod calibrate;
 pub mod cuda;
 mod interpret;
 mod model;
@@ -16,9 +17,12 @@ mod pipeline;
 mod plan;
 mod plan_memory;
 mod predict;
+mod quantise;
 mod specialise;
+mod stored;
 mod tokenizer;
 
+pub use calibrate::{Factor, calibrate};
 pub use interpret::{Evaluation, LogitRows, interpret};
 pub use model::{Model, ModelError};
 pub use options::{CompileOptions, ElementTypes, OptionError, TargetChoice};
@@ -27,7 +31,9 @@ pub use pipeline::compile;
 pub use plan::{KernelPlan, KernelText, executable_name};
 pub use plan_memory::{MemoryPlan, plan_memory};
 pub use predict::{GPUS, Gpu, Prediction, predict};
+pub use quantise::IntRows;
 pub use specialise::{SpecialiseError, specialise};
+pub use stored::{Calibrated, Stored};
 pub use tokenizer::TokenizerError;
 
 use kiln_bundle::WriteError;
@@ -106,6 +112,14 @@ pub enum CompileError {
     /// The output.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The text of `--calibrate`.
+    #[error("cannot calibrate on {}: {problem}", path.display())]
+    Calibrate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The directory of `--dump-ir`.
     #[error("cannot write {}: {source}", path.display())]
     Dump {

@@ -1,7 +1,7 @@
 //! What the caller chooses, and the buckets that follow from it.
 
 use crate::cuda::CudaTarget;
-use kiln_bundle::{Bounds, DType, Limits, Phase};
+use kiln_bundle::{Bounds, DType, IntFormat, Limits, Phase, WeightFormat};
 use kiln_models::ModelConfig;
 use std::path::PathBuf;
 
@@ -29,9 +29,14 @@ pub struct CompileOptions {
     /// f32 for the CPU alone; with a GPU among the targets that of the weights, where it is one of 16
     /// bits, else f16.
     pub dtype: Option<DType>,
-    /// Element type of weight matrices. When absent: the checkpoint's own; with a GPU among the
-    /// targets, `dtype`.
-    pub weights: Option<DType>,
+    /// How weight matrices are stored. When absent: as the checkpoint's own; with a GPU among the
+    /// targets, as `dtype`.
+    pub weights: Option<WeightFormat>,
+    /// How the LM head is stored, and the token table. When absent: as int8 where `weights` are
+    /// integers, else as `weights`.
+    pub lm_head: Option<WeightFormat>,
+    /// A text to round matrices of integers by; without it each weight is rounded to the nearest.
+    pub calibrate: Option<PathBuf>,
     /// Leave out the machine code of CUDA targets.
     pub emit_only: bool,
     /// Most sequences in a step.
@@ -55,6 +60,8 @@ impl Default for CompileOptions {
             targets: vec![TargetChoice::Cpu],
             dtype: None,
             weights: None,
+            lm_head: None,
+            calibrate: None,
             emit_only: false,
             max_batch: 16,
             max_seq_len: None,
@@ -97,7 +104,23 @@ pub struct ElementTypes {
     /// Of the KV cache, and of activations where the target stores them so.
     pub dtype: DType,
     /// Of weight matrices.
-    pub weights: DType,
+    pub weights: WeightFormat,
+    /// Of the LM head and of the token table.
+    pub lm_head: WeightFormat,
+    /// Of position tables.
+    pub tables: DType,
+}
+
+impl ElementTypes {
+    /// Everything stored in one floating-point type.
+    pub const fn of(dtype: DType, weights: WeightFormat) -> ElementTypes {
+        ElementTypes {
+            dtype,
+            weights,
+            lm_head: weights,
+            tables: weights.element(),
+        }
+    }
 }
 
 impl CompileOptions {
@@ -121,27 +144,62 @@ impl CompileOptions {
     /// # Errors
     /// Types that a GPU among the targets does not take.
     pub fn element_types(&self, config: &ModelConfig) -> Result<ElementTypes, OptionError> {
-        if self.cuda_targets().is_empty() {
-            return Ok(ElementTypes {
-                dtype: self.dtype.unwrap_or(DType::F32),
-                weights: self.weights.unwrap_or(config.dtype),
+        let own = WeightFormat::of(config.dtype).unwrap_or(WeightFormat::F32);
+        if let Some(path) = &self.calibrate
+            && self.weights.and_then(WeightFormat::int).is_none()
+        {
+            return Err(OptionError {
+                flag: "calibrate",
+                found: path.display().to_string(),
+                needed: "it is of use with --weights int8 or int4 alone".to_owned(),
             });
         }
-        let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);
-        let own = Some(config.dtype).filter(narrow).unwrap_or(DType::F16);
-        let dtype = self.dtype.or(self.weights).unwrap_or(own);
-        let weights = self.weights.unwrap_or(dtype);
-        for (flag, found) in [("dtype", dtype), ("weights", weights)] {
-            if !narrow(&found) || found != dtype {
+        if self.cuda_targets().is_empty() {
+            let weights = self.weights.unwrap_or(own);
+            let lm_head = self.lm_head.unwrap_or(match weights {
+                WeightFormat::Int(_) => WeightFormat::Int(IntFormat::Int8 { group: None }),
+                float => float,
+            });
+            return Ok(ElementTypes {
+                dtype: self.dtype.unwrap_or(DType::F32),
+                weights,
+                lm_head,
+                tables: match weights {
+                    WeightFormat::Int(_) => own.element(),
+                    float => float.element(),
+                },
+            });
+        }
+        for (flag, format) in [("weights", self.weights), ("lm-head", self.lm_head)] {
+            if let Some(WeightFormat::Int(format)) = format {
                 return Err(OptionError {
                     flag,
-                    found: found.to_string(),
-                    needed: "a CUDA target takes f16 or bf16, the same for --dtype and --weights"
+                    found: format.to_string(),
+                    needed: "CUDA targets have no integer weights yet; give f16 or bf16, or compile for \
+                             --target cpu alone"
                         .to_owned(),
                 });
             }
         }
-        Ok(ElementTypes { dtype, weights })
+        let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);
+        let own = Some(config.dtype).filter(narrow).unwrap_or(DType::F16);
+        let asked = self.weights.map(WeightFormat::element);
+        let dtype = self.dtype.or(asked).unwrap_or(own);
+        let weights = asked.unwrap_or(dtype);
+        let lm_head = self.lm_head.map_or(weights, WeightFormat::element);
+        for (flag, found) in [("dtype", dtype), ("weights", weights), ("lm-head", lm_head)] {
+            if !narrow(&found) || found != dtype {
+                return Err(OptionError {
+                    flag,
+                    found: found.to_string(),
+                    needed: "a CUDA target takes f16 or bf16, the same for --dtype, --weights and \
+                             --lm-head"
+                        .to_owned(),
+                });
+            }
+        }
+        let weights = WeightFormat::of(weights).unwrap_or(WeightFormat::F16);
+        Ok(ElementTypes::of(dtype, weights))
     }
 
     /// The bundle's limits for a model.

@@ -5,11 +5,11 @@ use kiln_bundle::{
     packing::Layout,
 };
 use kiln_ir::{Graph, WeightId};
-use kiln_models::{WeightError, Weights};
+use kiln_models::WeightError;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 
-use crate::Progress;
+use crate::{Progress, Stored};
 
 /// Elements packed as one piece of work. With a few pieces in flight a thread, packing holds tens
 /// of megabytes whatever the size of the model.
@@ -51,7 +51,7 @@ pub fn pack_weights(
     manifest: &Manifest,
     target: &Target,
     graph: &Graph,
-    weights: &Weights,
+    weights: &Stored<'_>,
     progress: &dyn Progress,
 ) -> Result<(), PackageError> {
     let ids: HashMap<&str, WeightId> = graph
@@ -73,18 +73,14 @@ pub fn pack_weights(
     let tensors: Vec<TensorDecl> = uses
         .iter()
         .map(|(name, role)| {
-            let (dtype, shape) = match role {
-                WeightRole::Packed { .. } => (target.weights, role.shape(target.layout)),
-                WeightRole::Vector { .. } => (DType::F32, role.shape(target.layout)),
+            let shape = match role {
                 // The whole table, even where the bundle's limit needs less.
-                WeightRole::Table { .. } => (
-                    target.weights,
-                    graph.weight(ids[name.as_str()]).shape.clone(),
-                ),
+                WeightRole::Table { .. } => graph.weight(ids[name.as_str()]).shape.clone(),
+                _ => role.shape(target, name),
             };
             TensorDecl {
                 name: name.clone(),
-                dtype,
+                dtype: role.element(target, name),
                 shape,
             }
         })
@@ -106,8 +102,13 @@ pub fn pack_weights(
             let packed: Vec<Vec<u8>> = wave
                 .par_iter()
                 .map(|rows| {
-                    let values = weights.rows(graph, id, rows.clone())?;
-                    let values = match roles[tensor.name.as_str()] {
+                    let role = roles[tensor.name.as_str()];
+                    let format = target.format(&tensor.name);
+                    if let (WeightRole::Packed { .. }, Some(format)) = (role, format.int()) {
+                        return Ok(weights.int_rows(id, rows.clone(), format)?.pack());
+                    }
+                    let values = weights.exact_rows(id, rows.clone())?;
+                    let values = match role {
                         WeightRole::Packed { k, .. } => target.layout.pack(&values, *k),
                         WeightRole::Vector { .. } | WeightRole::Table { .. } => values,
                     };
@@ -140,7 +141,7 @@ fn blocks(graph: &Graph, id: WeightId, layout: Layout) -> Vec<std::ops::Range<us
 /// Little-endian bytes in the tensor's element type.
 fn encode(values: &[f32], tensor: &TensorDecl) -> Result<Vec<u8>, PackageError> {
     let bytes: Vec<u8> = match tensor.dtype {
-        DType::F32 | DType::I32 => values
+        DType::F32 | DType::I32 | DType::U8 => values
             .iter()
             .flat_map(|value| value.to_le_bytes())
             .collect(),
@@ -163,7 +164,7 @@ fn encode(values: &[f32], tensor: &TensorDecl) -> Result<Vec<u8>, PackageError> 
     let overflows = match tensor.dtype {
         DType::F16 => half::f16::from_f32(largest).is_infinite(),
         DType::Bf16 => half::bf16::from_f32(largest).is_infinite(),
-        DType::F32 | DType::I32 => false,
+        DType::F32 | DType::I32 | DType::U8 => false,
     };
     if overflows {
         return Err(PackageError::Overflow {

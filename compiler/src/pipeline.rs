@@ -1,13 +1,13 @@
 //! The compiler as one page.
 
 use crate::{
-    CompileError, CompileOptions, ElementTypes, LogitRows, Model, Progress, TargetChoice, cuda,
-    executable_name, interpret, pack_weights, passes, plan::KernelPlan, plan_memory, specialise,
-    tokenizer,
+    Calibrated, CompileError, CompileOptions, LogitRows, Model, Progress, Stored, TargetChoice,
+    calibrate, cuda, executable_name, interpret, pack_weights, passes, plan::KernelPlan,
+    plan_memory, specialise, tokenizer,
 };
 use kiln_bundle::{
     Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
-    Program, SelfTest, TOKENIZER_FILE, Target, packing::Layout,
+    Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
 };
 use kiln_ir::Graph;
 use kiln_models::{ModelConfig, Weights, build};
@@ -58,6 +58,14 @@ pub fn compile(
     verified("fuse", &fused)?;
     dump.write("fuse.ir", &fused)?;
 
+    let mut exact = Stored::new(&graph, &weights, &types, Calibrated::new());
+    if let Some(path) = &options.calibrate {
+        progress.stage("calibrate");
+        let windows = calibration_windows(path, tokenizer.as_deref(), &config)?;
+        calibrate(&graph, &mut exact, &windows, progress)?;
+    }
+    let stored = Stored::new(&fused, &weights, &types, exact.calibrated().clone());
+
     progress.stage("specialise");
     let mut manifest = manifest(&config, options, limits);
     if options.targets.contains(&TargetChoice::Cpu) {
@@ -65,6 +73,8 @@ pub fn compile(
         manifest.targets.push(Target {
             name: "cpu".to_owned(),
             weights: types.weights,
+            exceptions: exceptions(&fused, &stored),
+            tables: types.tables,
             dtype: types.dtype,
             layout: Layout::Panels,
             weights_file: "weights-cpu.safetensors".to_owned(),
@@ -84,6 +94,8 @@ pub fn compile(
             manifest.targets.push(Target {
                 name: gpu.name().to_owned(),
                 weights: types.weights,
+                exceptions: BTreeMap::new(),
+                tables: types.tables,
                 dtype: types.dtype,
                 layout: Layout::Tiles,
                 weights_file: "weights-cuda.safetensors".to_owned(),
@@ -100,7 +112,7 @@ pub fn compile(
     for target in &manifest.targets {
         // GPUs share one file.
         if packed.insert(&target.weights_file) {
-            pack_weights(&mut writer, &manifest, target, &fused, &weights, progress)?;
+            pack_weights(&mut writer, &manifest, target, &fused, &stored, progress)?;
         }
     }
     if let Some(tokenizer) = tokenizer {
@@ -108,8 +120,41 @@ pub fn compile(
     }
 
     progress.stage("self-test");
-    manifest.self_test = self_test(&graph, &weights, &manifest, types, progress)?;
+    manifest.self_test = self_test(&graph, &exact, &manifest, types.dtype, progress)?;
     Ok(writer.finish(manifest)?)
+}
+
+/// Tokens that matrices are calibrated on at most, and those of a window.
+const CALIBRATION_TOKENS: usize = 8192;
+const CALIBRATION_WINDOW: usize = 512;
+
+/// A text cut into windows, each of which begins as the tokenizer begins the text.
+fn calibration_windows(
+    path: &Path,
+    tokenizer: Option<&str>,
+    config: &ModelConfig,
+) -> Result<Vec<Vec<u32>>, CompileError> {
+    let fail = |problem: String| CompileError::Calibrate {
+        path: path.to_owned(),
+        problem,
+    };
+    let tokenizer = tokenizer.ok_or_else(|| fail("the model has no tokenizer".to_owned()))?;
+    let text = fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
+    let mut ids = tokenizer::encode(tokenizer, &text).map_err(fail)?;
+    ids.truncate(CALIBRATION_TOKENS);
+    let start = ids
+        .first()
+        .copied()
+        .filter(|&id| Some(id) == config.bos_token_id);
+    let ids = &ids[usize::from(start.is_some())..];
+    if ids.is_empty() {
+        return Err(fail("it has no tokens".to_owned()));
+    }
+    let window = CALIBRATION_WINDOW.min(config.max_positions);
+    let windows = ids.chunks((window - usize::from(start.is_some())).max(1));
+    Ok(windows
+        .map(|window| start.iter().chain(window).copied().collect())
+        .collect())
 }
 
 /// The programs of both phases, and an executable for each bucket.
@@ -140,6 +185,15 @@ fn plan(
         })
         .collect();
     Ok((programs, executables))
+}
+
+/// Matrices that are not stored as the others.
+fn exceptions(graph: &Graph, stored: &Stored<'_>) -> BTreeMap<String, WeightFormat> {
+    let matrices = graph.weights().filter(|(id, _)| stored.is_matrix(*id));
+    matrices
+        .map(|(id, weight)| (weight.name.clone(), stored.format(id)))
+        .filter(|(_, format)| *format != stored.common_format())
+        .collect()
 }
 
 fn verified(pass: &'static str, graph: &Graph) -> Result<(), CompileError> {
@@ -188,9 +242,9 @@ const SELF_TEST_LOGITS: usize = 8;
 
 fn self_test(
     graph: &Graph,
-    weights: &Weights,
+    weights: &Stored<'_>,
     manifest: &Manifest,
-    types: ElementTypes,
+    dtype: DType,
     progress: &dyn Progress,
 ) -> Result<SelfTest, CompileError> {
     let vocabulary = manifest.model.vocab_size;
@@ -201,14 +255,7 @@ fn self_test(
             (u64::from(vocabulary - 1) * u64::from(token) / u64::from(SELF_TEST_TOKENS + 1)) as u32
         })
         .collect();
-    let evaluation = interpret(
-        graph,
-        weights,
-        types.weights,
-        &token_ids,
-        LogitRows::Last,
-        progress,
-    )?;
+    let evaluation = interpret(graph, weights, &token_ids, LogitRows::Last, progress)?;
     let mut ranked: Vec<(u32, f32)> = (0..).zip(evaluation.logits).collect();
     if let Some(&(id, logit)) = ranked.iter().find(|(_, logit)| !logit.is_finite()) {
         return Err(CompileError::NotFinite {
@@ -220,8 +267,8 @@ fn self_test(
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     ranked.truncate(SELF_TEST_LOGITS);
     // Only what a target rounds and the interpreter does not: the cache, activations, and f32 sums.
-    let tolerance = match types.dtype {
-        DType::F32 | DType::I32 => 5e-4,
+    let tolerance = match dtype {
+        DType::F32 | DType::I32 | DType::U8 => 5e-4,
         DType::F16 => 5e-3,
         DType::Bf16 => 4e-2,
     };

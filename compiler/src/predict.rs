@@ -159,7 +159,7 @@ fn work(
         KernelSpec::Embed { out, .. } => {
             let rows = rows_of(*out) * f64::from(program.buffers[out.0 as usize].width);
             (
-                touched + 2.0 * rows * target.weights.size_bytes() as f64,
+                touched + 2.0 * rows * target.tables.size_bytes() as f64,
                 rows,
             )
         }
@@ -169,6 +169,5 @@ fn work(
 
 fn weight_bytes(target: &Target, linear: &Linear) -> f64 {
     let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-    let elements: usize = target.layout.shape(n, k).iter().product();
-    (elements * target.weights.size_bytes()) as f64
+    target.format(&linear.weight).bytes(target.layout, n, k) as f64
 }

@@ -59,6 +59,15 @@ pub enum TokenizerError {
     },
 }
 
+/// The ids of a text, with what the model expects around it; else what is wrong.
+pub fn encode(tokenizer: &str, text: &str) -> Result<Vec<u32>, String> {
+    let tokenizer: Tokenizer = tokenizer.parse().map_err(|error| format!("{error}"))?;
+    let encoding = tokenizer
+        .encode(text, true)
+        .map_err(|error| error.to_string())?;
+    Ok(encoding.get_ids().to_vec())
+}
+
 /// The text of `tokenizer.json`; `None` when the checkpoint has no tokenizer.
 ///
 /// # Errors

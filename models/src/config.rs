@@ -322,7 +322,7 @@ impl ModelConfig {
         let dtype = match self.dtype {
             DType::F16 => "float16",
             DType::Bf16 => "bfloat16",
-            DType::F32 | DType::I32 => "float32",
+            DType::F32 | DType::I32 | DType::U8 => "float32",
         };
         let activation = match self.activation {
             Activation::Relu => "relu",

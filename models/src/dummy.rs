@@ -307,7 +307,8 @@ impl Table {
             DType::F16 => two(&|value| f16::from_f32(value).to_le_bytes()),
             DType::Bf16 => two(&|value| bf16::from_f32(value).to_le_bytes()),
             DType::F32 => four(&|value| value.to_le_bytes()),
-            DType::I32 => four(&|value| (value as i32).to_le_bytes()),
+            // No configuration asks for integers.
+            DType::I32 | DType::U8 => four(&|value| (value as i32).to_le_bytes()),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::device::{
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
-    SelfTest, Target, packing::Layout,
+    SelfTest, Target, WeightFormat, packing::Layout,
 };
 use std::collections::VecDeque;
 
@@ -73,7 +73,9 @@ pub(crate) fn manifest(max_tokens: u32, max_batch: u32, max_seq_len: u32) -> Man
         },
         targets: vec![Target {
             name: "fake".to_owned(),
-            weights: DType::F32,
+            weights: WeightFormat::F32,
+            exceptions: Default::default(),
+            tables: DType::F32,
             dtype: DType::F32,
             layout: Layout::Panels,
             weights_file: String::new(),

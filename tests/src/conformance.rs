@@ -6,7 +6,7 @@
 //! as a step takes. [`invariance`] asks a device alone for the same rows in different
 //! company and compares bytes.
 
-use kiln_bundle::{Bundle, DType, Phase};
+use kiln_bundle::{Bundle, DType, Phase, WeightFormat};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile};
 use kiln_models::{ModelConfig, builtin};
 use kiln_runtime::{
@@ -86,7 +86,7 @@ impl Subject {
             model_name: self.name.to_owned(),
             targets,
             dtype: Some(dtype),
-            weights: Some(dtype),
+            weights: WeightFormat::of(dtype),
             emit_only,
             max_batch: self.max_batch,
             max_seq_len: Some(MAX_SEQ_LEN),
@@ -117,7 +117,7 @@ pub struct Outcome {
 /// f32 with the same weights and KV cache type; a GPU rounds what its layers hand on.
 pub const fn tolerance(dtype: DType) -> f32 {
     match dtype {
-        DType::F32 | DType::I32 => 1e-4,
+        DType::F32 | DType::I32 | DType::U8 => 1e-4,
         DType::F16 => 4e-3,
         DType::Bf16 => 3e-2,
     }

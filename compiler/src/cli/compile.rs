@@ -4,7 +4,7 @@ use super::model::ModelArguments;
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use kiln_bundle::{DType, Manifest};
+use kiln_bundle::{DType, Manifest, WeightFormat};
 use kiln_compiler::{CompileOptions, Progress, TargetChoice, compile, cuda::native_gpu};
 use serde_json::json;
 use std::{
@@ -32,9 +32,21 @@ pub struct Arguments {
     /// in f32 [default: f32 for the CPU, the weights' for CUDA]
     #[arg(long, value_enum)]
     dtype: Option<FloatType>,
-    /// Element type of the weight matrices [default: the checkpoint's own; for CUDA, f16 instead of f32]
-    #[arg(long, value_enum)]
-    weights: Option<FloatType>,
+    /// How the weight matrices are stored: f32, f16, bf16, or for the CPU as integers: int8 (a scale for
+    /// each output), int8:gN (a scale for N inputs of an output), int4:gN (a scale and a minimum for N
+    /// inputs; int4 is int4:g64). N is a multiple of 32 up to 1024 [default: as in the checkpoint; for
+    /// CUDA, f16 instead of f32]
+    #[arg(long, value_name = "FORMAT")]
+    weights: Option<WeightFormat>,
+    /// How the LM head is stored, and with it the token table, which mostly is the same matrix
+    /// [default: int8 where --weights are integers, else as --weights]
+    #[arg(long, value_name = "FORMAT")]
+    lm_head: Option<WeightFormat>,
+    /// A text like those that the model is for, UTF-8. Matrices of integers are rounded so that what they
+    /// compute on it changes least (GPTQ), instead of each weight to the nearest; its first 8192 tokens
+    /// are used
+    #[arg(long, value_name = "FILE")]
+    calibrate: Option<PathBuf>,
     /// Most sequences in one step.
     #[arg(long, value_name = "N", default_value_t = 16)]
     max_batch: u32,
@@ -137,7 +149,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         targets: arguments.target.iter().map(|t| t.choice()).collect(),
         dtype: arguments.dtype.map(DType::from),
         emit_only: arguments.emit_only,
-        weights: arguments.weights.map(DType::from),
+        weights: arguments.weights,
+        lm_head: arguments.lm_head,
+        calibrate: arguments.calibrate.clone(),
         max_batch: arguments.max_batch,
         max_seq_len: arguments.max_seq_len,
         prefill_buckets: arguments.prefill_buckets.clone(),
@@ -163,10 +177,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         return super::print(&report(&arguments.output, &manifest, &stages, bytes).to_string());
     }
     eprintln!(
-        "{}: {}, {} in {:.1} s",
+        "{}: {}, {} (weights {}) in {:.1} s",
         arguments.output.display(),
         count(manifest.targets[0].executables.len(), "executable"),
         indicatif::HumanBytes(bytes),
+        super::formats(&manifest.targets[0]),
         total_ms / 1000.0,
     );
     Ok(())
@@ -188,6 +203,7 @@ fn report(
         "targets": manifest.targets.iter().map(|target| json!({
             "name": target.name,
             "weights": target.weights,
+            "lm_head": target.lm_head(),
             "dtype": target.dtype,
             "executables": target.executables.len(),
             "weights_bytes": manifest.files.get(&target.weights_file).map(|file| file.bytes),

@@ -81,6 +81,7 @@ fn to_json(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Value {
         json!({
             "name": target.name,
             "weights": target.weights,
+            "lm_head": target.lm_head(),
             "dtype": target.dtype,
             "weights_bytes": manifest.files.get(&target.weights_file).map(|file| file.bytes),
             "executables": target.executables.iter().map(executable).collect::<Vec<_>>(),
@@ -125,7 +126,7 @@ fn to_text(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Result<Strin
             text,
             "\ntarget {}: weights {} ({}), KV cache {} ({} a token)\n",
             target.name,
-            target.weights,
+            super::formats(target),
             HumanBytes(weights),
             target.dtype,
             HumanBytes(kv_bytes_per_token(manifest, target))
@@ -203,8 +204,7 @@ fn step_weight_bytes(program: &Program, target: &Target) -> u64 {
         .filter_map(KernelSpec::linear)
         .map(|linear| {
             let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-            let shape = target.layout.shape(n, k);
-            (shape.iter().product::<usize>() * target.weights.size_bytes()) as u64
+            target.format(&linear.weight).bytes(target.layout, n, k)
         })
         .sum()
 }

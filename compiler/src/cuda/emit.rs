@@ -371,7 +371,7 @@ pub(super) const fn element(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "f16",
         DType::Bf16 => "bf16",
-        DType::F32 | DType::I32 => "float",
+        DType::F32 | DType::I32 | DType::U8 => "float",
     }
 }
 

@@ -2,7 +2,7 @@
 //! nothing left behind.
 
 use crate::fixture;
-use kiln_bundle::{Bundle, BundleError, DType};
+use kiln_bundle::{Bundle, BundleError, DType, WeightFormat};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile, cuda::CudaTarget};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -102,7 +102,7 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 fn formats_of_one_checkpoint_give_one_bundle() {
     // tiny-opt-bin holds the f16 rounding of tiny-opt, under names with another prefix.
     let options = CompileOptions {
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         ..CompileOptions::default()
     };
     let dir = TempDir::new().unwrap();
@@ -202,7 +202,7 @@ fn values_that_the_element_type_cannot_hold() {
         }
     });
     let options = CompileOptions {
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         ..CompileOptions::default()
     };
     refuses(
@@ -358,9 +358,9 @@ fn manifests_that_lie_are_refused() {
         assert!(error.contains(message), "found: {error}\nneeded: {message}");
     };
     refused(
-        "\"format_version\": 2",
         "\"format_version\": 3",
-        "has bundle format 3 (written by kiln 0.1.0); this kiln reads format 2: use a newer kiln",
+        "\"format_version\": 4",
+        "has bundle format 4 (written by kiln 0.1.0); this kiln reads format 3: use a newer kiln",
     );
     refused(
         "\"layers\": 3",
@@ -470,7 +470,7 @@ fn one_bundle_serves_the_cpu_and_several_gpus() {
         panic!("three targets");
     };
     // The checkpoint is f32; tensor cores are not, and a bundle has one type of weights.
-    assert_eq!((cpu.weights, cpu.dtype), (DType::F16, DType::F16));
+    assert_eq!((cpu.weights, cpu.dtype), (WeightFormat::F16, DType::F16));
     assert_eq!(sm_80.weights_file, sm_90a.weights_file);
     assert_eq!(sm_80.executables, sm_90a.executables);
     assert!(cpu.executables.iter().all(|e| e.launches.is_empty()));
@@ -510,11 +510,11 @@ fn gpus_take_16_bits() {
     refuses(
         &fixture("tiny-opt"),
         &options,
-        "--dtype is f32; a CUDA target takes f16 or bf16, the same for --dtype and --weights",
+        "--dtype is f32; a CUDA target takes f16 or bf16, the same for --dtype, --weights and --lm-head",
     );
     let options = CompileOptions {
         dtype: Some(DType::Bf16),
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         ..for_gpus(&[CudaTarget::Sm80])
     };
     refuses(&fixture("tiny-opt"), &options, "--weights is f16");

@@ -1,7 +1,10 @@
 //! The reference interpreter against transformers, before and after fusion.
 
 use crate::fixture;
-use kiln_compiler::{LogitRows, Model, Silent, interpret, passes::fuse};
+use kiln_bundle::WeightFormat;
+use kiln_compiler::{
+    Calibrated, ElementTypes, LogitRows, Model, Silent, Stored, interpret, passes::fuse,
+};
 use kiln_ir::{DType, Graph};
 use kiln_models::{Weights, build};
 use safetensors::SafeTensors;
@@ -48,7 +51,9 @@ fn check_graph(model: &str, graph: &Graph, tensors: &SafeTensors<'_>, cases: &se
     assert!(!prompts.is_empty());
     for (index, prompt) in prompts.iter().enumerate() {
         let ids: Vec<u32> = serde_json::from_value(prompt["prompt_ids"].clone()).unwrap();
-        let found = interpret(graph, &weights, DType::F32, &ids, LogitRows::All, &Silent).unwrap();
+        let types = ElementTypes::of(DType::F32, WeightFormat::F32);
+        let stored = Stored::new(graph, &weights, &types, Calibrated::new());
+        let found = interpret(graph, &stored, &ids, LogitRows::All, &Silent).unwrap();
         let off = deviation(
             &found.logits,
             &expected(tensors, &format!("logits.{index}")),

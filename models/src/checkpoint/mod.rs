@@ -108,6 +108,7 @@ impl From<DType> for SourceDType {
             DType::F16 => SourceDType::F16,
             DType::Bf16 => SourceDType::Bf16,
             DType::I32 => SourceDType::I32,
+            DType::U8 => SourceDType::U8,
         }
     }
 }

@@ -15,6 +15,8 @@ pub enum DType {
     Bf16,
     /// Signed 32-bit integer: token ids and positions.
     I32,
+    /// Bytes whose meaning another record tells: matrices of integers.
+    U8,
 }
 
 impl DType {
@@ -23,7 +25,13 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::Bf16 => 2,
+            DType::U8 => 1,
         }
+    }
+
+    /// Whether its values are floating-point numbers.
+    pub const fn is_float(self) -> bool {
+        matches!(self, DType::F32 | DType::F16 | DType::Bf16)
     }
 
     /// The spelling used by the text IR, the manifest and the command line.
@@ -33,6 +41,7 @@ impl DType {
             DType::F16 => "f16",
             DType::Bf16 => "bf16",
             DType::I32 => "i32",
+            DType::U8 => "u8",
         }
     }
 }
@@ -45,14 +54,14 @@ impl fmt::Display for DType {
 
 /// A name that is no [`DType`]: the caller's mistake.
 #[derive(Debug, thiserror::Error)]
-#[error("unknown element type {0:?}; known are f32, f16, bf16 and i32")]
+#[error("unknown element type {0:?}; known are f32, f16, bf16, i32 and u8")]
 pub struct UnknownDType(pub String);
 
 impl FromStr for DType {
     type Err = UnknownDType;
 
     fn from_str(name: &str) -> Result<Self, UnknownDType> {
-        [DType::F32, DType::F16, DType::Bf16, DType::I32]
+        [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::U8]
             .into_iter()
             .find(|dtype| dtype.name() == name)
             .ok_or_else(|| UnknownDType(name.to_owned()))

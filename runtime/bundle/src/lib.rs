@@ -5,6 +5,7 @@
 //! `write`) writes it atomically.
 
 mod dtype;
+mod format;
 mod kernel;
 mod launch;
 mod manifest;
@@ -15,6 +16,7 @@ mod verify;
 mod write;
 
 pub use dtype::{DType, UnknownDType};
+pub use format::{GroupSize, IntFormat, UnknownFormat, WeightFormat};
 pub use kernel::{Activation, BufferId, KernelSpec, Linear, Norm, Residual, Rows};
 pub use launch::{
     Argument, Image, LAST_SAMPLED, Launch, NO_TOKEN, StepCounts, StepDraw, StepPointers,

@@ -1,11 +1,13 @@
 //! `bundle.json`: what a bundle holds. Plain data; [`crate::verify`] says when it is sound.
 
-use crate::{BufferId, DType, Image, KernelSpec, Launch, Norm, packing::Layout};
+use crate::{
+    BufferId, DType, Image, KernelSpec, Launch, Linear, Norm, WeightFormat, packing::Layout,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
@@ -76,8 +78,13 @@ pub struct Limits {
 pub struct Target {
     /// `cpu`, `sm_90a`, ...
     pub name: String,
-    /// Element type of weight matrices; vectors are f32.
-    pub weights: DType,
+    /// How weight matrices are stored; vectors are f32.
+    pub weights: WeightFormat,
+    /// Matrices that are stored otherwise, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exceptions: BTreeMap<String, WeightFormat>,
+    /// Element type of position tables.
+    pub tables: DType,
     /// Element type of the KV cache, and of activations where the target stores them so (the CPU
     /// computes and stores activations in f32).
     pub dtype: DType,
@@ -93,6 +100,19 @@ pub struct Target {
     /// The kernels of a CUDA target.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub images: Vec<Image>,
+}
+
+impl Target {
+    /// How a matrix is stored.
+    pub fn format(&self, matrix: &str) -> WeightFormat {
+        *self.exceptions.get(matrix).unwrap_or(&self.weights)
+    }
+
+    /// How the LM head is stored; none in a target without programs.
+    pub fn lm_head(&self) -> Option<WeightFormat> {
+        let head = self.programs.first()?.lm_head()?;
+        Some(self.format(&head.weight))
+    }
 }
 
 /// What a row of a buffer stands for: its row count in a step.
@@ -129,6 +149,14 @@ pub struct Program {
     pub logits: BufferId,
     /// Where the L+1 hidden states can be read off: the embedding output, then each layer's.
     pub hidden_states: Vec<Tap>,
+}
+
+impl Program {
+    /// The linear that computes the logits.
+    pub fn lm_head(&self) -> Option<&Linear> {
+        let mut linears = self.kernels.iter().filter_map(KernelSpec::linear);
+        linears.find(|linear| linear.out == self.logits)
+    }
 }
 
 /// A value that exists in a buffer right after a kernel.

@@ -293,6 +293,7 @@ impl WeightFile {
                 safetensors::Dtype::F32 => DType::F32,
                 safetensors::Dtype::F16 => DType::F16,
                 safetensors::Dtype::BF16 => DType::Bf16,
+                safetensors::Dtype::U8 => DType::U8,
                 other => {
                     return Err(damaged(format!(
                         "tensor {name:?} has element type {other:?}"
@@ -355,12 +356,12 @@ impl WeightFile {
         let Some(tensor) = self.tensors.get(name) else {
             return Err(damaged(format!("tensor {name:?} is missing")));
         };
-        let (dtype, align_bytes) = match role {
-            WeightRole::Packed { .. } => (target.weights, ALIGN_BYTES),
-            WeightRole::Table { .. } => (target.weights, 1),
-            WeightRole::Vector { .. } => (DType::F32, 1),
+        let align_bytes = match role {
+            WeightRole::Packed { .. } => ALIGN_BYTES,
+            WeightRole::Table { .. } | WeightRole::Vector { .. } => 1,
         };
-        let needed = role.shape(target.layout);
+        let dtype = role.element(target, name);
+        let needed = role.shape(target, name);
         let fits = match role {
             WeightRole::Table { min_rows, width } => {
                 matches!(tensor.shape[..], [rows, found] if rows >= *min_rows && found == *width)

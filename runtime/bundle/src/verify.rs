@@ -10,6 +10,7 @@
 //! - buffers lie inside the arena at offsets aligned to [`ALIGN_BYTES`];
 //! - there is an executable of each phase, and a prefill step of one token always fits one;
 //! - hidden states number L+1, and their kernels write the buffers that they name;
+//! - matrices of integers are in panels, and every exception from the target's format is a matrix;
 //! - launches name kernels, images, buffers, layers and weights that exist, lie in their workspace
 //!   and go through the program's kernels in order.
 //!
@@ -19,7 +20,7 @@ use crate::{
     ALIGN_BYTES, Argument, BufferId, DType, Executable, Image, KernelSpec, Linear, Manifest, Norm,
     Phase, Program, RowKind, Rows, Target, packing::Layout,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Upper bound of every dimension: products of two fit easily in 64 bits.
 const MAX_DIMENSION: u32 = 1 << 24;
@@ -43,7 +44,7 @@ pub struct ManifestError {
 /// What a kernel needs of a tensor in the weight file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WeightRole {
-    /// A matrix in the target's layout, in its weight type.
+    /// A matrix in the target's layout, in its format.
     Packed {
         /// Outputs.
         n: usize,
@@ -55,7 +56,7 @@ pub enum WeightRole {
         /// Elements.
         len: usize,
     },
-    /// Row-major (rows, width) with at least `min_rows` rows, in the target's weight type.
+    /// Row-major (rows, width) with at least `min_rows` rows, in the target's type of tables.
     Table {
         /// Fewest rows that serve every position of the bundle's limit.
         min_rows: usize,
@@ -65,10 +66,19 @@ pub enum WeightRole {
 }
 
 impl WeightRole {
-    /// The shape in the weight file; for a table, its smallest.
-    pub fn shape(&self, layout: Layout) -> Vec<usize> {
+    /// The element type in the weight file, of the tensor `name` of a target.
+    pub fn element(&self, target: &Target, name: &str) -> DType {
+        match self {
+            WeightRole::Packed { .. } => target.format(name).element(),
+            WeightRole::Vector { .. } => DType::F32,
+            WeightRole::Table { .. } => target.tables,
+        }
+    }
+
+    /// The shape in the weight file, of the tensor `name` of a target; for a table, its smallest.
+    pub fn shape(&self, target: &Target, name: &str) -> Vec<usize> {
         match *self {
-            WeightRole::Packed { n, k } => layout.shape(n, k),
+            WeightRole::Packed { n, k } => target.format(name).shape(target.layout, n, k),
             WeightRole::Vector { len } => vec![len],
             WeightRole::Table { min_rows, width } => vec![min_rows, width],
         }
@@ -166,13 +176,22 @@ impl Manifest {
 
 fn verify_target(manifest: &Manifest, target: &Target) -> Check {
     let place = format!("target {}", target.name);
-    for (field, dtype) in [("weights", target.weights), ("dtype", target.dtype)] {
-        if dtype == DType::I32 {
+    for (field, dtype) in [("tables", target.tables), ("dtype", target.dtype)] {
+        if !dtype.is_float() {
             return fail(
                 &place,
-                format!("{field} is i32, which is no type of weights"),
+                format!("{field} is {dtype}, which is no floating-point type"),
             );
         }
+    }
+    let formats = target.exceptions.values().chain([&target.weights]);
+    if let Some(format) = formats.into_iter().find(|format| format.int().is_some())
+        && target.layout != Layout::Panels
+    {
+        return fail(
+            &place,
+            format!("weights are {format}, which exists in the layout panels alone"),
+        );
     }
     if !manifest.files.contains_key(&target.weights_file) {
         return fail(
@@ -187,6 +206,7 @@ fn verify_target(manifest: &Manifest, target: &Target) -> Check {
         verify_program(manifest, program)
             .map_err(|error| within(&format!("{place}, program {}", program.name), error))?;
     }
+    verify_exceptions(manifest, target).map_err(|error| within(&place, error))?;
     for (index, image) in target.images.iter().enumerate() {
         verify_image(manifest, image)
             .map_err(|error| within(&format!("{place}, image {index}"), error))?;
@@ -215,6 +235,32 @@ fn verify_target(manifest: &Manifest, target: &Target) -> Check {
     Ok(())
 }
 
+/// Every exception is a matrix of some program.
+fn verify_exceptions(manifest: &Manifest, target: &Target) -> Check {
+    if target.exceptions.is_empty() {
+        return Ok(());
+    }
+    let mut matrices = BTreeSet::new();
+    for program in &target.programs {
+        let uses = program.weight_uses(manifest)?.into_iter();
+        matrices.extend(
+            uses.filter(|(_, role)| matches!(role, WeightRole::Packed { .. }))
+                .map(|(name, _)| name),
+        );
+    }
+    match target
+        .exceptions
+        .keys()
+        .find(|&name| !matrices.contains(name))
+    {
+        Some(name) => fail(
+            "exceptions",
+            format!("{name:?} is no matrix of its programs"),
+        ),
+        None => Ok(()),
+    }
+}
+
 fn within(place: &str, error: ManifestError) -> ManifestError {
     let inner = if error.place.is_empty() {
         String::new()
@@ -233,10 +279,10 @@ fn verify_program(manifest: &Manifest, program: &Program) -> Check {
     }
     for (index, buffer) in program.buffers.iter().enumerate() {
         dimension(&format!("buffer b{index}"), "width", buffer.width)?;
-        if buffer.dtype == DType::I32 {
+        if !buffer.dtype.is_float() {
             return fail(
                 &format!("buffer b{index}"),
-                "dtype is i32; activations are floating point",
+                format!("dtype is {}; activations are floating point", buffer.dtype),
             );
         }
     }

@@ -9,7 +9,7 @@ use super::{DeviceArgs, Loaded, load, milliseconds};
 use anyhow::{bail, ensure};
 use comfy_table::{Table, presets};
 use indicatif::ProgressBar;
-use kiln_bundle::{BLOCK_TOKENS, DType, Manifest, Phase, Target, packing::Layout};
+use kiln_bundle::{BLOCK_TOKENS, Manifest, Phase, Target, WeightFormat, packing::Layout};
 use kiln_runtime::{Engine, Event, PhaseStats, Prompt, Request};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -47,7 +47,7 @@ pub(super) struct BenchArgs {
 struct Report {
     model: String,
     device: String,
-    weights: DType,
+    weights: WeightFormat,
     prompt_len: u32,
     gen_len: u32,
     batch: u32,
@@ -279,14 +279,13 @@ fn decode_weight_bytes(target: &Target) -> u64 {
         .filter_map(|k| k.linear())
     {
         let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-        let shape = target.layout.shape(n, k);
-        let elements: usize = shape.iter().product();
-        tensors.insert(&linear.weight, elements * target.weights.size_bytes());
+        let bytes = target.format(&linear.weight).bytes(target.layout, n, k);
+        tensors.insert(&linear.weight, bytes);
         if let Some(bias) = &linear.bias {
-            tensors.insert(bias, linear.out_features as usize * size_of::<f32>());
+            tensors.insert(bias, (n * size_of::<f32>()) as u64);
         }
     }
-    tensors.into_values().map(|bytes| bytes as u64).sum()
+    tensors.into_values().sum()
 }
 
 /// The most memory that this process has held so far, where the system tells (Linux: `VmHWM`).

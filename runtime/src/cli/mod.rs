@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
+mod eval;
 mod generate;
 mod interrupt;
 mod output;
@@ -35,6 +36,8 @@ enum Command {
     Generate(Box<generate::GenerateArgs>),
     /// Measure load, prefill, decode and memory
     Bench(bench::BenchArgs),
+    /// Measure the perplexity of a text
+    Eval(eval::EvalArgs),
     /// Check a bundle's files, then run its self-test on the device
     Verify(verify::VerifyArgs),
 }
@@ -75,6 +78,7 @@ pub(crate) fn run(args: Args) -> ExitCode {
     let result = match args.command {
         Command::Generate(args) => generate::run(*args),
         Command::Bench(args) => bench::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -2,7 +2,7 @@
 
 use super::norm;
 use super::simd::{Element, Kernel, LANES, Simd};
-use super::storage::{PackedMatrix, Storage};
+use super::storage::{PackedMatrix, Panels, Storage};
 use super::{Cpu, RowsMut};
 use kiln_bundle::packing::{PANEL, packed_index};
 
@@ -72,21 +72,22 @@ pub fn embed(cpu: &Cpu, op: &Embedding<'_>, mut out: RowsMut<'_>) {
         if let Some((table, ids)) = op.tokens {
             let id = ids[t] as usize;
             match table.data {
-                Storage::F32(table) => isa.run(Token {
+                Panels::Float(Storage::F32(table)) => isa.run(Token {
                     table,
                     id,
                     out: &mut *out,
                 }),
-                Storage::F16(table) => isa.run(Token {
+                Panels::Float(Storage::F16(table)) => isa.run(Token {
                     table,
                     id,
                     out: &mut *out,
                 }),
-                Storage::Bf16(table) => isa.run(Token {
+                Panels::Float(Storage::Bf16(table)) => isa.run(Token {
                     table,
                     id,
                     out: &mut *out,
                 }),
+                Panels::Int(table) => table.row(id, out),
             }
         }
         if let Some((table, ids)) = op.positions {
@@ -176,20 +177,20 @@ impl<E: Element> Kernel for Position<'_, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::testing::{Elements, Random, cpus, pack};
+    use crate::cpu::testing::{Elements, Packed, Random, cpus};
 
     #[test]
     fn rows_are_looked_up_and_added() {
         let (v, p) = (75, 9);
         for (t, c) in [(0, 4), (1, 1), (3, 16), (7, 37), (30, 64)] {
             let mut random = Random::new(3);
-            let tokens = Elements::each(&pack(&random.values(v * c), v, c));
+            let tokens = Packed::each(&random.values(v * c), v, c);
             let positions = Elements::each(&random.values(p * c));
             let ids: Vec<u32> = (0..t).map(|_| random.next_u32() % v as u32).collect();
             let places: Vec<u32> = (0..t).map(|_| random.next_u32() % p as u32).collect();
-            for (tokens, positions) in tokens.iter().zip(positions.iter().rev()) {
-                let table = PackedMatrix::new(tokens.as_storage(), v, c).unwrap();
-                let token = |t: usize, i: usize| tokens.get(packed_index(ids[t] as usize, i, c));
+            for (tokens, positions) in tokens.iter().zip(positions.iter().cycle()) {
+                let table = tokens.matrix();
+                let token = |t: usize, i: usize| tokens.get(ids[t] as usize, i);
                 let place = |t: usize, i: usize| positions.get(places[t] as usize * c + i);
                 for cpu in cpus() {
                     let mut out = vec![f32::NAN; t * c];

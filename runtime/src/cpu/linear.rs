@@ -13,11 +13,14 @@ use super::norm::{self, Stats};
 use super::pool::partition;
 use super::rows::SharedRows;
 use super::scratch::Shards;
-use super::simd::{Element, Isa, Kernel, LANES, Simd};
-use super::storage::{PackedMatrix, Storage};
-use super::tile::{Tile, Tiles};
+use super::simd::{Element, Isa, Kernel, LANES, Nibbles, Simd, Weights};
+use super::storage::{IntPanels, PackedMatrix, Panels, Storage};
+use super::tile::{AnyRows, GroupTile, Tile, Tiles};
 use super::{Cpu, Norm, Rows, RowsMut};
+use half::bf16;
+use kiln_bundle::IntFormat;
 use kiln_bundle::packing::{PANEL, panels};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// What follows the bias.
@@ -124,17 +127,197 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
     if out.rows() == 0 || out.cols() == 0 {
         return;
     }
+    let k = op.weight.k();
     match op.weight.data {
-        Storage::F32(weight) => multiply(cpu, op, weight, x, &mut out),
-        Storage::F16(weight) => multiply(cpu, op, weight, x, &mut out),
-        Storage::Bf16(weight) => multiply(cpu, op, weight, x, &mut out),
+        Panels::Float(Storage::F32(weight)) => multiply(cpu, op, Floats { weight, k }, x, &mut out),
+        Panels::Float(Storage::F16(weight)) => multiply(cpu, op, Floats { weight, k }, x, &mut out),
+        Panels::Float(Storage::Bf16(weight)) => {
+            multiply(cpu, op, Floats { weight, k }, x, &mut out)
+        }
+        Panels::Int(panels) => match panels.format {
+            IntFormat::Int8 { .. } => {
+                multiply(cpu, op, Integers::<i8>::new(panels, k), x, &mut out)
+            }
+            IntFormat::Int4 { .. } => {
+                multiply(cpu, op, Integers::<Nibbles>::new(panels, k), x, &mut out)
+            }
+        },
     }
 }
 
-fn multiply<E: Element>(
+/// The panels of W in one way of storing them.
+trait Matrix: Copy + Sync {
+    /// What panels are made of.
+    type W: Weights;
+
+    /// Groups of inputs whose sums of x are wanted, and their size; no groups where there are none.
+    fn summed_groups(&self) -> (usize, usize);
+
+    /// Inputs of a block that stays in the L1 cache.
+    fn block_inputs(&self) -> usize;
+
+    /// Where a block begins.
+    fn block(&self, panel: usize, k: usize) -> *const u8;
+
+    /// Computes a part of a panel for a tile of rows.
+    ///
+    /// # Safety
+    /// `part` is within the panel, its operands exist.
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part);
+}
+
+/// A block of a panel, some vectors across, and a tile of rows.
+struct Part {
+    panel: usize,
+    /// The block's inputs.
+    inputs: Range<usize>,
+    /// First output within the panel.
+    column: usize,
+    rows: usize,
+    /// Prepared rows, from the block's first input on.
+    x: *const f32,
+    /// Sums of x, from the block's first group on.
+    x_sums: *const f32,
+    /// Sums, (rows, PANEL).
+    sums: *mut f32,
+    /// What to ask for: this many bytes behind what is multiplied, or so many at an address in each
+    /// step.
+    ahead: Ahead,
+}
+
+#[derive(Clone, Copy)]
+enum Ahead {
+    Behind(usize),
+    At(*const u8, usize),
+}
+
+/// Panels of floating-point numbers.
+#[derive(Clone, Copy)]
+struct Floats<'a, E> {
+    weight: &'a [E],
+    k: usize,
+}
+
+impl<E: Element> Matrix for Floats<'_, E> {
+    type W = E;
+
+    fn summed_groups(&self) -> (usize, usize) {
+        (0, self.k)
+    }
+
+    fn block_inputs(&self) -> usize {
+        BLOCK_BYTES / (PANEL * size_of::<E>())
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> *const u8 {
+        self.weight[(panel * self.k + k) * PANEL..].as_ptr().cast()
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+        let block = self.block(part.panel, part.inputs.start).cast::<E>();
+        let (ahead, ahead_step) = match part.ahead {
+            Ahead::Behind(bytes) => (
+                block.cast::<u8>().wrapping_add(bytes),
+                PANEL * size_of::<E>(),
+            ),
+            Ahead::At(ahead, step) => (ahead, step),
+        };
+        let tile = part.tile(block, ahead, ahead_step);
+        // SAFETY: the caller's.
+        unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
+    }
+}
+
+/// Panels of integers, W of them at a time.
+#[derive(Clone, Copy)]
+struct Integers<'a, W> {
+    panels: IntPanels<'a>,
+    k: usize,
+    stored: PhantomData<W>,
+}
+
+impl<'a, W> Integers<'a, W> {
+    fn new(panels: IntPanels<'a>, k: usize) -> Integers<'a, W> {
+        Integers {
+            panels,
+            k,
+            stored: PhantomData,
+        }
+    }
+}
+
+impl<W: Weights> Matrix for Integers<'_, W> {
+    type W = W;
+
+    fn summed_groups(&self) -> (usize, usize) {
+        let format = self.panels.format;
+        match format.has_minimum() {
+            true => (format.groups(self.k), format.group(self.k)),
+            false => (0, self.k),
+        }
+    }
+
+    fn block_inputs(&self) -> usize {
+        let group = self.panels.format.group(self.k);
+        (BLOCK_BYTES / self.panels.format.group_bytes(group)).max(1) * group
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> *const u8 {
+        self.panels.group(panel, k)
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+        let format = self.panels.format;
+        let header = self.block(part.panel, part.inputs.start);
+        let codes = header.wrapping_add(format.header_bytes());
+        let scales = header.cast::<bf16>().wrapping_add(part.column);
+        let (prefetch_bytes, (ahead, ahead_step)) = match part.ahead {
+            Ahead::Behind(bytes) => (Some(bytes), (codes, PANEL * size_of::<W>())),
+            Ahead::At(ahead, step) => (None, (ahead, step)),
+        };
+        let group = format.group(self.k);
+        let tile = GroupTile {
+            tile: part.tile(codes.cast::<W>(), ahead, ahead_step),
+            group,
+            group_bytes: format.group_bytes(group),
+            scales,
+            minima: format
+                .has_minimum()
+                .then_some((scales.wrapping_add(PANEL), part.x_sums)),
+            prefetch_bytes,
+        };
+        // SAFETY: the caller's.
+        unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
+    }
+}
+
+impl Part {
+    #[inline(always)]
+    fn tile<W>(&self, block: *const W, ahead: *const u8, ahead_step: usize) -> Tile<W> {
+        Tile {
+            k: self.inputs.len(),
+            a: self.x,
+            a_step: self.rows,
+            a_stride: 1,
+            b: block.wrapping_add(self.column),
+            b_step: PANEL,
+            c: self.sums,
+            c_stride: PANEL,
+            resume: self.inputs.start > 0,
+            ahead,
+            ahead_step,
+        }
+    }
+}
+
+fn multiply<M: Matrix>(
     cpu: &mut Cpu,
     op: &Linear<'_>,
-    weight: &[E],
+    weight: M,
     x: Rows<'_>,
     out: &mut RowsMut<'_>,
 ) {
@@ -142,15 +325,24 @@ fn multiply<E: Element>(
     let (t, k) = (out.rows(), op.weight.k());
     let tiles = Tiles::new(t, isa.run(TileRows));
 
-    let prepare = Prepare { isa, op, x, tiles };
+    let (groups, group) = weight.summed_groups();
+    let prepare = Prepare {
+        isa,
+        op,
+        x,
+        tiles,
+        width: k.next_multiple_of(M::W::INPUTS),
+        groups,
+        group,
+    };
     let stats = &mut cpu.scratch.stats;
     prepare.residual_stats(stats, out);
-    let rows = if t == 1 && op.norm.is_none() {
-        prepare.input(0)
+    let (rows, x_sums): (&[f32], &[f32]) = if t == 1 && op.norm.is_none() && M::W::INPUTS == 1 {
+        (prepare.input(0), &[])
     } else {
-        let rows = cpu.scratch.rows.reserve((t + tiles.count) * k);
-        prepare.rows(rows, pool);
-        &rows[..t * k]
+        let rows = cpu.scratch.rows.reserve(prepare.values());
+        prepare.rows::<M::W>(rows, pool);
+        rows.split_at(t * prepare.width)
     };
 
     let threads = &mut cpu.scratch.threads;
@@ -161,7 +353,11 @@ fn multiply<E: Element>(
     let product = Product {
         k,
         weight,
+        width: prepare.width,
+        groups,
+        group,
         rows,
+        x_sums,
         tiles,
         op,
         stats,
@@ -218,6 +414,11 @@ struct Prepare<'a> {
     op: &'a Linear<'a>,
     x: Rows<'a>,
     tiles: Tiles,
+    /// K, filled up with zeros to whole steps of weights.
+    width: usize,
+    /// Groups of inputs to be summed up.
+    groups: usize,
+    group: usize,
 }
 
 impl<'a> Prepare<'a> {
@@ -239,12 +440,20 @@ impl<'a> Prepare<'a> {
         }
     }
 
-    /// Writes the input rows, normalised, tile by tile: (K, rows of the tile) each. Behind the T*K
-    /// values there is room for a row of each tile.
-    fn rows(&self, rows: &mut [f32], pool: &super::ThreadPool) {
-        let (t, k) = (self.tiles.rows, self.x.cols());
-        let (rows, spare) = rows.split_at_mut(t * k);
-        let (rows, spare) = (Shards::new(rows), Shards::new(spare));
+    /// Room that `rows` needs.
+    fn values(&self) -> usize {
+        self.tiles.rows * (self.width + self.groups) + self.tiles.count * self.x.cols()
+    }
+
+    /// Writes the input rows, normalised and divided by the factors of unpacking, tile by tile: (width,
+    /// rows of the tile) each. Behind them the sums of their groups, likewise; behind these there is
+    /// room for a row of each tile.
+    fn rows<W: Weights>(&self, rows: &mut [f32], pool: &super::ThreadPool) {
+        let (t, k, width, groups) = (self.tiles.rows, self.x.cols(), self.width, self.groups);
+        let (rows, rest) = rows.split_at_mut(t * width);
+        let (sums, spare) = rest.split_at_mut(t * groups);
+        let (rows, sums, spare) = (Shards::new(rows), Shards::new(sums), Shards::new(spare));
+        let units: [f32; 8] = std::array::from_fn(|i| W::factor(i % W::INPUTS).recip());
         let prepare = |_: usize, tile: usize| {
             let range = self.tiles.range(tile);
             for (r, t) in range.clone().enumerate() {
@@ -255,10 +464,22 @@ impl<'a> Prepare<'a> {
                     norm::normalize(self.isa, row, &norm, normalized);
                     row = normalized;
                 }
-                // SAFETY: tile `tile` has the rows of its range to itself.
-                let interleaved = unsafe { rows.range(range.start * k, range.len() * k) };
-                for (x, column) in row.iter().zip(interleaved.chunks_exact_mut(range.len())) {
-                    column[r] = *x;
+                // SAFETY: tile `tile` has the rows of its range to itself, and their sums.
+                let (interleaved, sums) = unsafe {
+                    (
+                        rows.range(range.start * width, range.len() * width),
+                        sums.range(range.start * groups, range.len() * groups),
+                    )
+                };
+                let (columns, missing) = interleaved.split_at_mut(k * range.len());
+                let columns = columns.chunks_exact_mut(range.len());
+                for ((x, column), unit) in row.iter().zip(columns).zip(units.iter().cycle()) {
+                    column[r] = x * unit;
+                }
+                missing.fill(0.0);
+                let columns = sums.chunks_exact_mut(range.len());
+                for (x, column) in row.chunks(self.group).zip(columns) {
+                    column[r] = sum(x);
                 }
             }
         };
@@ -270,12 +491,30 @@ impl<'a> Prepare<'a> {
     }
 }
 
+/// The sum, in an order of its own.
+fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0.0; 8];
+    for x in x.chunks(8) {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += x;
+        }
+    }
+    lanes.iter().sum()
+}
+
 /// The product at hand, shared by all threads.
-struct Product<'a, E> {
+struct Product<'a, M> {
     k: usize,
-    weight: &'a [E],
-    /// Prepared rows, tile by tile: (K, rows of the tile) each.
+    weight: M,
+    /// Of a prepared row.
+    width: usize,
+    /// Sums of a prepared row, and the inputs that each is of.
+    groups: usize,
+    group: usize,
+    /// Prepared rows, tile by tile: (width, rows of the tile) each.
     rows: &'a [f32],
+    /// Sums of their groups, tile by tile: (groups, rows of the tile) each.
+    x_sums: &'a [f32],
     tiles: Tiles,
     op: &'a Linear<'a>,
     /// Of the residual rows, where they are normalised.
@@ -283,15 +522,16 @@ struct Product<'a, E> {
     out: SharedRows<'a>,
 }
 
-impl<E: Element> Product<'_, E> {
-    /// Where `W[PANEL * panel ..][k]` lies.
-    fn weight(&self, panel: usize, k: usize) -> *const E {
-        self.weight[(panel * self.k + k) * PANEL..].as_ptr()
-    }
-
+impl<M: Matrix> Product<'_, M> {
     /// Where `x[range][k]` lies.
     fn rows(&self, range: &Range<usize>, k: usize) -> *const f32 {
-        self.rows[range.start * self.k + k * range.len()..].as_ptr()
+        self.rows[range.start * self.width + k * range.len()..].as_ptr()
+    }
+
+    /// Where the sums of `x[range]` lie, from the group of input `k` on.
+    fn x_sums(&self, range: &Range<usize>, k: usize) -> *const f32 {
+        let group = if self.groups > 0 { k / self.group } else { 0 };
+        self.x_sums[range.start * self.groups + group * range.len()..].as_ptr()
     }
 
     /// Finishes and writes the outputs at (`t`, `col..col + 16`), as far as they exist.
@@ -345,15 +585,15 @@ fn gelu_new<S: Simd>(simd: S, x: S::V) -> S::V {
 }
 
 /// A panel against the tiles of a chunk, block by block.
-struct MultiplyPanel<'a, E> {
-    product: &'a Product<'a, E>,
+struct MultiplyPanel<'a, M> {
+    product: &'a Product<'a, M>,
     panel: usize,
     tiles: Range<usize>,
     /// Room for a panel's outputs of the chunk.
     sums: &'a mut [f32],
 }
 
-impl<E: Element> Kernel for MultiplyPanel<'_, E> {
+impl<M: Matrix> Kernel for MultiplyPanel<'_, M> {
     type Output = ();
 
     #[inline(always)]
@@ -368,7 +608,7 @@ impl<E: Element> Kernel for MultiplyPanel<'_, E> {
     }
 }
 
-impl<E: Element> MultiplyPanel<'_, E> {
+impl<M: Matrix> MultiplyPanel<'_, M> {
     /// Multiplies with tiles of VECTORS vectors, and so in as many slices as make up a panel. With
     /// `once`, the weights are used once, and blocks are of no use.
     #[inline(always)]
@@ -379,52 +619,45 @@ impl<E: Element> MultiplyPanel<'_, E> {
             tiles,
             sums,
         } = self;
-        let (k, cut) = (product.k, product.tiles);
+        let (k, cut, weight) = (product.k, product.tiles, product.weight);
         let first_row = cut.range(tiles.start).start;
         let rows = cut.range(tiles.end - 1).end - first_row;
         assert!(sums.len() >= rows * PANEL);
-        let column_bytes = PANEL * size_of::<E>();
-        let block_k = if once { k } else { BLOCK_BYTES / column_bytes };
+        let step_bytes = PANEL * size_of::<M::W>();
+        let block_k = if once { k } else { weight.block_inputs() };
         let slices = PANEL / (VECTORS * LANES);
         let calls = slices * tiles.len();
 
         for k0 in (0..k).step_by(block_k) {
-            let len = block_k.min(k - k0);
-            let block = product.weight(panel, k0);
+            let inputs = k0..k.min(k0 + block_k);
             // Each call asks for its share of the next block.
-            let next = block.cast::<u8>().wrapping_add(len * column_bytes);
-            let share = column_bytes.div_ceil(calls);
+            let next = weight.block(panel, inputs.end);
+            let share = step_bytes.div_ceil(calls);
+            let call_bytes = inputs.len().div_ceil(M::W::INPUTS) * share;
             let mut call = 0;
             for slice in 0..slices {
                 let column = slice * VECTORS * LANES;
                 for range in tiles.clone().map(|tile| cut.range(tile)) {
                     let c = sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
-                    let (ahead, ahead_step) = if once {
-                        (
-                            block.cast::<u8>().wrapping_add(PREFETCH_BYTES),
-                            column_bytes,
-                        )
-                    } else {
-                        (next.wrapping_add(call * len * share), share)
+                    let ahead = match once {
+                        true => Ahead::Behind(PREFETCH_BYTES),
+                        false => Ahead::At(next.wrapping_add(call * call_bytes), share),
                     };
                     call += 1;
-                    let tile = Tile {
-                        k: len,
-                        a: product.rows(&range, k0),
-                        a_step: range.len(),
-                        a_stride: 1,
-                        b: block.wrapping_add(column),
-                        b_step: PANEL,
-                        c,
-                        c_stride: PANEL,
-                        resume: k0 > 0,
+                    let part = Part {
+                        panel,
+                        inputs: inputs.clone(),
+                        column,
+                        rows: range.len(),
+                        x: product.rows(&range, k0),
+                        x_sums: product.x_sums(&range, k0),
+                        sums: c,
                         ahead,
-                        ahead_step,
                     };
-                    // SAFETY: the panel has `len` columns from k0, the prepared rows as many values,
+                    // SAFETY: the panel has these inputs, the prepared rows as many values and sums,
                     // and the sums a row for each row of the chunk.
-                    unsafe { tile.run_rows::<S, VECTORS>(simd, range.len()) };
-                    if k0 + len < k {
+                    unsafe { weight.multiply::<S, VECTORS>(simd, &part) };
+                    if inputs.end < k {
                         continue;
                     }
                     for (r, t) in range.enumerate() {
@@ -446,7 +679,7 @@ impl<E: Element> MultiplyPanel<'_, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::testing::{Elements, Random, bits, cpu, cpus, isas, pack};
+    use crate::cpu::testing::{Packed, Random, bits, cpu, cpus, isas};
 
     /// A layer with everything, and its input.
     struct Case {
@@ -480,14 +713,14 @@ mod tests {
             }
         }
 
-        fn linear<'a>(&'a self, packed: &'a Elements, variant: Variant) -> Linear<'a> {
+        fn linear<'a>(&'a self, packed: &'a Packed, variant: Variant) -> Linear<'a> {
             let norm = |[weight, bias]: &'a [Vec<f32>; 2]| Norm {
                 weight: Some(weight),
                 bias: Some(bias),
                 eps: 1e-5,
             };
             Linear {
-                weight: PackedMatrix::new(packed.as_storage(), self.n, self.k).unwrap(),
+                weight: packed.matrix(),
                 bias: variant.bias.then_some(&self.bias),
                 norm: variant.norm.then(|| norm(&self.norm)),
                 row_map: None,
@@ -507,7 +740,7 @@ mod tests {
         }
 
         /// Row `t` in `f64`.
-        fn reference(&self, packed: &Elements, op: &Linear<'_>, t: usize) -> Vec<f64> {
+        fn reference(&self, packed: &Packed, op: &Linear<'_>, t: usize) -> Vec<f64> {
             let x = &self.x[t * self.k..][..self.k];
             let x: Vec<f64> = match &op.norm {
                 Some(norm) => norm::reference(x, norm),
@@ -522,8 +755,8 @@ mod tests {
             });
             (0..self.n)
                 .map(|n| {
-                    let w = |k| packed.get(kiln_bundle::packing::packed_index(n, k, self.k));
-                    let mut y: f64 = (0..self.k).map(|k| x[k] * f64::from(w(k))).sum();
+                    let w = |k| f64::from(packed.get(n, k));
+                    let mut y: f64 = (0..self.k).map(|k| x[k] * w(k)).sum();
                     y += op.bias.map_or(0.0, |bias| f64::from(bias[n]));
                     y = match op.activation {
                         Activation::None => y,
@@ -598,7 +831,7 @@ mod tests {
         .chain([(13, 96, 600), (33, 70, 129), (200, 65, 90)])
         {
             let case = Case::new(t, n, k);
-            for packed in Elements::each(&pack(&case.weight, n, k)) {
+            for packed in Packed::each(&case.weight, n, k) {
                 for variant in VARIANTS {
                     let op = case.linear(&packed, variant);
                     let expect: Vec<f64> = (0..t)
@@ -620,7 +853,7 @@ mod tests {
         let (n, k) = (100, 520);
         for isa in isas() {
             let all = Case::new(300, n, k);
-            for packed in Elements::each(&pack(&all.weight, n, k)) {
+            for packed in Packed::each(&all.weight, n, k) {
                 for variant in VARIANTS {
                     let whole = all.run(&mut cpu(isa, 1), &all.linear(&packed, variant));
                     for threads in 1..=3 {
@@ -658,7 +891,7 @@ mod tests {
         }
         for t in [1, 4, 40] {
             let case = Case::new(t, 70, 300);
-            for packed in Elements::each(&pack(&case.weight, case.n, case.k)) {
+            for packed in Packed::each(&case.weight, case.n, case.k) {
                 for variant in VARIANTS {
                     let op = case.linear(&packed, variant);
                     let narrow = case.run(&mut cpu(Isa::Avx2, 2), &op);
@@ -675,7 +908,7 @@ mod tests {
     fn rows_are_gathered_and_written_with_strides() {
         let (n, k) = (40, 24);
         let case = Case::new(9, n, k);
-        let packed = &Elements::each(&pack(&case.weight, n, k))[2];
+        let packed = &Packed::each(&case.weight, n, k)[2];
         let op = case.linear(
             packed,
             Variant {
@@ -706,7 +939,7 @@ mod tests {
     fn the_output_can_hold_the_residual() {
         for t in [1, 3, 7, 40] {
             let case = Case::new(t, 70, 50);
-            let packed = &Elements::each(&pack(&case.weight, case.n, case.k))[0];
+            let packed = &Packed::each(&case.weight, case.n, case.k)[0];
             for variant in VARIANTS.into_iter().filter(|v| v.residual) {
                 let op = case.linear(packed, variant);
                 for mut cpu in cpus() {

@@ -1,7 +1,8 @@
 //! Typed views of weights and caches whose element type is known only at run time.
 
 use half::{bf16, f16};
-use kiln_bundle::{DType, packing};
+use kiln_bundle::packing::{CODE_STEP, PANEL, SCALES_BYTES};
+use kiln_bundle::{DType, IntFormat, WeightFormat, packing};
 
 /// Elements to read.
 #[derive(Clone, Copy, Debug)]
@@ -107,9 +108,16 @@ impl<'a> StorageMut<'a> {
 /// Fastest when its first byte is aligned to 64.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedMatrix<'a> {
-    pub(super) data: Storage<'a>,
+    pub(super) data: Panels<'a>,
     n: usize,
     k: usize,
+}
+
+/// What panels are made of.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Panels<'a> {
+    Float(Storage<'a>),
+    Int(IntPanels<'a>),
 }
 
 impl<'a> PackedMatrix<'a> {
@@ -118,17 +126,47 @@ impl<'a> PackedMatrix<'a> {
     /// # Errors
     /// [`StorageError::Length`] when `data` is not of the packed size.
     pub fn new(data: Storage<'a>, n: usize, k: usize) -> Result<PackedMatrix<'a>, StorageError> {
-        let needed = packing::packed_shape(n, k)
-            .iter()
-            .try_fold(1usize, |a, &b| a.checked_mul(b));
-        if needed != Some(data.len()) {
-            return Err(StorageError::Length {
-                n,
-                k,
-                found: data.len(),
+        check_length(&packing::packed_shape(n, k), data.len(), n, k)?;
+        let data = Panels::Float(data);
+        Ok(PackedMatrix { data, n, k })
+    }
+
+    /// The matrix of `n` rows and `k` columns packed in `bytes` as integers.
+    ///
+    /// # Errors
+    /// [`StorageError::Length`] when `bytes` is not of the packed size,
+    /// [`StorageError::Malformed`] when it is not aligned to the words that kernels read.
+    pub fn of_integers(
+        bytes: &'a [u8],
+        format: IntFormat,
+        n: usize,
+        k: usize,
+    ) -> Result<PackedMatrix<'a>, StorageError> {
+        check_length(&format.packed_shape(n, k), bytes.len(), n, k)?;
+        if !bytes.as_ptr().addr().is_multiple_of(size_of::<u32>()) {
+            return Err(StorageError::Malformed {
+                dtype: DType::U8,
+                bytes: bytes.len(),
             });
         }
+        let data = Panels::Int(IntPanels { bytes, format, k });
         Ok(PackedMatrix { data, n, k })
+    }
+
+    /// The matrix of a tensor stored in `format`.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::new`], [`PackedMatrix::of_integers`] and [`Storage::new`].
+    pub fn from_bytes(
+        bytes: &'a [u8],
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+    ) -> Result<PackedMatrix<'a>, StorageError> {
+        match format.int() {
+            Some(format) => PackedMatrix::of_integers(bytes, format, n, k),
+            None => PackedMatrix::new(Storage::new(bytes, format.element())?, n, k),
+        }
     }
 
     /// Rows: the outputs of a linear layer.
@@ -139,6 +177,65 @@ impl<'a> PackedMatrix<'a> {
     /// Columns: the inputs of a linear layer.
     pub fn k(&self) -> usize {
         self.k
+    }
+}
+
+fn check_length(shape: &[usize], found: usize, n: usize, k: usize) -> Result<(), StorageError> {
+    let needed = shape.iter().try_fold(1usize, |a, &b| a.checked_mul(b));
+    match needed == Some(found) {
+        true => Ok(()),
+        false => Err(StorageError::Length { n, k, found }),
+    }
+}
+
+/// Panels of integers, of the packed size.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct IntPanels<'a> {
+    bytes: &'a [u8],
+    pub(super) format: IntFormat,
+    k: usize,
+}
+
+impl<'a> IntPanels<'a> {
+    /// Where the group of `panel` that begins with input `k` lies; behind the panel, for its end.
+    pub(super) fn group(&self, panel: usize, k: usize) -> *const u8 {
+        let group = self.format.group(self.k);
+        let start = match k >= self.k {
+            true => self.format.panel_bytes(self.k),
+            false => k / group * self.format.group_bytes(group),
+        };
+        self.bytes[panel * self.format.panel_bytes(self.k) + start..].as_ptr()
+    }
+
+    /// Row `n`, (K).
+    pub(super) fn row(&self, n: usize, out: &mut [f32]) {
+        let (format, lane) = (self.format, n % PANEL);
+        let panel = &self.bytes[n / PANEL * format.panel_bytes(self.k)..];
+        let group = format.group(self.k);
+        let groups = panel.chunks(format.group_bytes(group));
+        for (bytes, out) in groups.zip(out.chunks_mut(group)) {
+            let number = |list: usize| {
+                let at = list * SCALES_BYTES + 2 * lane;
+                bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+            };
+            let scale = number(0);
+            let codes = &bytes[format.header_bytes()..];
+            match format {
+                IntFormat::Int8 { .. } => {
+                    for (i, out) in out.iter_mut().enumerate() {
+                        *out = scale * f32::from(codes[i * PANEL + lane].cast_signed());
+                    }
+                }
+                IntFormat::Int4 { .. } => {
+                    let minimum = number(1);
+                    for (i, out) in out.iter_mut().enumerate() {
+                        let word = 4 * (i / CODE_STEP * PANEL + lane);
+                        let code = codes[word + i % CODE_STEP / 2] >> (4 * (i % 2)) & 15;
+                        *out = scale * f32::from(code) + minimum;
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -157,7 +254,7 @@ pub enum StorageError {
     #[error("kernels compute with f32, f16 and bf16, not {0}")]
     Unsupported(DType),
     /// A packed matrix of the wrong size.
-    #[error("a packed ({n}, {k}) matrix cannot have {found} elements")]
+    #[error("a packed ({n}, {k}) matrix of this format cannot have {found} elements")]
     Length {
         /// Rows expected.
         n: usize,

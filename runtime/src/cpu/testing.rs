@@ -1,8 +1,8 @@
 //! What the kernels' tests share: deterministic numbers, packed weights, and a [`Cpu`] of each kind.
 
-use super::{Cpu, Isa, Storage, StorageMut, ThreadPool};
+use super::{Cpu, Isa, PackedMatrix, Storage, StorageMut, ThreadPool};
 use half::{bf16, f16};
-use kiln_bundle::packing;
+use kiln_bundle::{IntFormat, WeightFormat, packing};
 
 /// A 64-bit xorshift generator.
 pub(super) struct Random(u64);
@@ -91,6 +91,93 @@ impl Elements {
             Elements::F16(data) => data[i].to_f32(),
             Elements::Bf16(data) => data[i].to_f32(),
         }
+    }
+}
+
+/// A packed matrix, and what its elements stand for.
+pub(super) struct Packed {
+    data: Data,
+    values: Vec<f32>,
+    n: usize,
+    k: usize,
+}
+
+enum Data {
+    Float(Elements),
+    Int(AlignedBytes, IntFormat),
+}
+
+impl Packed {
+    /// `w` (n, k) in each way of storing it.
+    pub(super) fn each(w: &[f32], n: usize, k: usize) -> Vec<Packed> {
+        let floats = Elements::each(&pack(w, n, k)).map(|elements| {
+            let at = (0..n * k).map(|i| packing::packed_index(i / k, i % k, k));
+            let values = at.map(|at| elements.get(at)).collect();
+            let data = Data::Float(elements);
+            Packed { data, values, n, k }
+        });
+        let formats = ["int8", "int8:g32", "int4:g32", "int4:g64"];
+        let ints = formats.map(|format| {
+            let format: WeightFormat = format.parse().unwrap();
+            Packed::of_integers(w, n, k, format.int().unwrap())
+        });
+        floats.into_iter().chain(ints).collect()
+    }
+
+    /// Each group between its extremes, plainly.
+    fn of_integers(w: &[f32], n: usize, k: usize, format: IntFormat) -> Packed {
+        let (mut codes, mut scales, mut minima, mut values) = (vec![], vec![], vec![], vec![]);
+        for group in w.chunks(k).flat_map(|row| row.chunks(format.group(k))) {
+            let low = group.iter().copied().fold(f32::MAX, f32::min);
+            let high = group.iter().copied().fold(f32::MIN, f32::max);
+            let (scale, minimum) = match format.has_minimum() {
+                true => ((high - low).max(1e-6) / 15.0, low),
+                false => (high.max(-low) / 127.0, 0.0),
+            };
+            let (scale, minimum) = (bf16::from_f32(scale), bf16::from_f32(minimum));
+            let (lowest, highest) = format.codes();
+            for x in group {
+                let code = ((x - minimum.to_f32()) / scale.to_f32()).round();
+                let code = code.clamp(lowest.into(), highest.into());
+                codes.push(code as i8);
+                values.push(scale.to_f32() * code + minimum.to_f32());
+            }
+            scales.push(scale.to_bits());
+            minima.extend(format.has_minimum().then_some(minimum.to_bits()));
+        }
+        let bytes = AlignedBytes::new(&format.pack(&codes, &scales, &minima, k));
+        let data = Data::Int(bytes, format);
+        Packed { data, values, n, k }
+    }
+
+    pub(super) fn matrix(&self) -> PackedMatrix<'_> {
+        match &self.data {
+            Data::Float(elements) => PackedMatrix::new(elements.as_storage(), self.n, self.k),
+            Data::Int(bytes, format) => {
+                PackedMatrix::of_integers(bytes.as_slice(), *format, self.n, self.k)
+            }
+        }
+        .unwrap()
+    }
+
+    /// What `W[n][k]` stands for.
+    pub(super) fn get(&self, n: usize, k: usize) -> f32 {
+        self.values[n * self.k + k]
+    }
+}
+
+/// Bytes aligned as those of a mapped file.
+pub(super) struct AlignedBytes(Vec<u64>, usize);
+
+impl AlignedBytes {
+    pub(super) fn new(bytes: &[u8]) -> AlignedBytes {
+        let mut words = vec![0; bytes.len().div_ceil(8)];
+        bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
+        AlignedBytes(words, bytes.len())
+    }
+
+    pub(super) fn as_slice(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.0)[..self.1]
     }
 }
 

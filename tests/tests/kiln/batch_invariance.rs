@@ -1,7 +1,7 @@
 //! A sequence's logits do not depend on what else is in the batch, bit for bit: not on the other
 //! prompts, their order, the chunks of the prefill or the number of threads.
 
-use kiln_bundle::DType;
+use kiln_bundle::{DType, WeightFormat};
 use kiln_compiler::CompileOptions;
 use kiln_tests::{Generated, TestBundle};
 use serde_json::{Value, json};
@@ -26,11 +26,21 @@ fn model() -> TempDir {
 }
 
 fn bundle(prefill_buckets: Vec<u32>, decode_batch: Vec<u32>, dtype: DType) -> TestBundle {
+    stored(prefill_buckets, decode_batch, dtype, WeightFormat::F32)
+}
+
+fn stored(
+    prefill_buckets: Vec<u32>,
+    decode_batch: Vec<u32>,
+    dtype: DType,
+    weights: WeightFormat,
+) -> TestBundle {
     let dir = model();
     let options = CompileOptions {
         prefill_buckets,
         decode_batch,
         dtype: Some(dtype),
+        weights: Some(weights),
         max_batch: 8,
         ..CompileOptions::default()
     };
@@ -52,8 +62,15 @@ fn bits(run: &Generated, request: usize) -> Vec<u32> {
 
 #[test]
 fn together_alone_in_any_order_and_chunking() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let whole = bundle(vec![512], vec![8], dtype);
+    for (dtype, weights) in [
+        (DType::F32, "f32"),
+        (DType::Bf16, "f32"),
+        (DType::F32, "int8"),
+        (DType::F32, "int8:g32"),
+        (DType::F32, "int4:g64"),
+    ] {
+        let weights = weights.parse().unwrap();
+        let whole = stored(vec![512], vec![8], dtype, weights);
         let all: Vec<Value> = (0..LENGTHS.len()).map(request).collect();
         let reference = whole.generate(&all, &[], None);
         let expected: Vec<Vec<u32>> = (0..LENGTHS.len())
@@ -73,7 +90,7 @@ fn together_alone_in_any_order_and_chunking() {
         }
 
         let order = [5, 2, 7, 0, 3, 6, 1, 4];
-        let chunked = bundle(vec![7, 33], vec![1, 3], dtype);
+        let chunked = stored(vec![7, 33], vec![1, 3], dtype, weights);
         let permuted: Vec<Value> = order.into_iter().map(request).collect();
         for threads in ["1", "2", "3"] {
             let run = chunked.generate(&permuted, &["--threads", threads], None);
@@ -129,13 +146,16 @@ fn a_small_cache_changes_nothing_but_the_time() {
 
 #[test]
 fn the_portable_path_keeps_the_rule_as_well() {
-    let whole = bundle(vec![512], vec![8], DType::F32);
-    let chunked = bundle(vec![7, 33], vec![1, 3], DType::F32);
-    let run =
-        |bundle: &TestBundle| bundle.generate(&[request(1), request(4)], &[], Some("portable"));
-    let [a, b] = [run(&whole), run(&chunked)];
-    for index in 0..2 {
-        assert_eq!(bits(&a, index), bits(&b, index));
+    for weights in ["f32", "int8", "int4"] {
+        let weights = weights.parse().unwrap();
+        let whole = stored(vec![512], vec![8], DType::F32, weights);
+        let chunked = stored(vec![7, 33], vec![1, 3], DType::F32, weights);
+        let run =
+            |bundle: &TestBundle| bundle.generate(&[request(1), request(4)], &[], Some("portable"));
+        let [a, b] = [run(&whole), run(&chunked)];
+        for index in 0..2 {
+            assert_eq!(bits(&a, index), bits(&b, index), "{weights}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Whole requests on emulated CUDA: the tokens are those of the CPU, and those of a request alone.
 
-use kiln_bundle::{Bundle, DType};
+use kiln_bundle::{Bundle, DType, WeightFormat};
 use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
 use kiln_runtime::{
     Completion, Engine, Event, Prompt, Request, SamplingParams,
@@ -21,7 +21,7 @@ fn compiled(model: &Path) -> TestBundle {
         targets: vec![TargetChoice::Cpu, TargetChoice::Cuda(CudaTarget::Sm90a)],
         emit_only: true,
         dtype: Some(DType::F16),
-        weights: Some(DType::F16),
+        weights: Some(WeightFormat::F16),
         max_batch: 4,
         max_seq_len: Some(64),
         prefill_buckets: vec![32],

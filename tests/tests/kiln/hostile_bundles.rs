@@ -6,23 +6,60 @@ use kiln_compiler::CompileOptions;
 use kiln_tests::{TestBundle, fixture};
 use proptest::prelude::*;
 use std::{fs, path::Path, sync::OnceLock};
+use tempfile::TempDir;
+
+fn compile(weights: Option<&str>) -> TestBundle {
+    let options = CompileOptions {
+        weights: weights.map(|weights| weights.parse().unwrap()),
+        ..CompileOptions::default()
+    };
+    TestBundle::compile(&fixture("tiny-opt-sharded"), &options)
+}
 
 fn tiny() -> &'static TestBundle {
     static BUNDLE: OnceLock<TestBundle> = OnceLock::new();
-    BUNDLE.get_or_init(|| {
-        TestBundle::compile(&fixture("tiny-opt-sharded"), &CompileOptions::default())
-    })
+    BUNDLE.get_or_init(|| compile(None))
 }
 
-/// Opens the bundle with one of its files replaced, maps its weights and reads every byte.
-fn open_with(file: &str, bytes: &[u8]) {
-    let dir = tempfile::TempDir::new().unwrap();
-    for entry in fs::read_dir(tiny().path()).unwrap() {
+/// Its matrices are integers.
+fn integers() -> &'static TestBundle {
+    static BUNDLE: OnceLock<TestBundle> = OnceLock::new();
+    BUNDLE.get_or_init(|| compile(Some("int4:g32")))
+}
+
+/// A copy of a bundle with one of its files replaced.
+fn with(bundle: &TestBundle, file: &str, bytes: &[u8]) -> TempDir {
+    let dir = TempDir::new().unwrap();
+    for entry in fs::read_dir(bundle.path()).unwrap() {
         let path = entry.unwrap().path();
         fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
     }
     fs::write(dir.path().join(file), bytes).unwrap();
-    let _ = load(dir.path());
+    dir
+}
+
+/// Opens the bundle with one of its files replaced, maps its weights and reads every byte.
+fn open_with(file: &str, bytes: &[u8]) {
+    let _ = load(with(tiny(), file, bytes).path());
+}
+
+/// Opens the bundle of integers with a text of its manifest replaced; the error.
+fn refusal(found: &str, replaced: &str) -> String {
+    let text = fs::read_to_string(integers().path().join("bundle.json")).unwrap();
+    assert!(text.contains(found), "{found}");
+    let dir = with(
+        integers(),
+        "bundle.json",
+        text.replace(found, replaced).as_bytes(),
+    );
+    let bundle = match Bundle::open(dir.path()) {
+        Err(error) => return error.to_string(),
+        Ok(bundle) => bundle,
+    };
+    bundle
+        .weights(&bundle.manifest().targets[0])
+        .unwrap_err()
+        .to_string()
 }
 
 fn load(dir: &Path) -> Option<u64> {
@@ -75,6 +112,17 @@ proptest! {
     }
 
     #[test]
+    fn altered_manifests_of_integers(at in any::<prop::sample::Index>(), length in 0usize..10, insert in "[0-9a-z{}\":,-]{0,6}") {
+        // Around the formats, which no other manifest has.
+        let mut bytes = fs::read(integers().path().join("bundle.json")).unwrap();
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        let (first, last) = (text.find("\"weights\"").unwrap(), text.find("\"programs\"").unwrap());
+        let start = first + at.index(last - first);
+        bytes.splice(start..(start + length).min(last), insert.into_bytes());
+        let _ = load(with(integers(), "bundle.json", &bytes).path());
+    }
+
+    #[test]
     fn altered_weight_headers(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
         let mut bytes = original("weights-cpu.safetensors");
         let header = header_end(&bytes);
@@ -98,15 +146,81 @@ fn the_original_loads() {
 }
 
 #[test]
-fn truncated_weights_are_named() {
-    let dir = tempfile::TempDir::new().unwrap();
-    for entry in fs::read_dir(tiny().path()).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+fn formats_that_contradict_the_weights_are_named() {
+    assert!(load(&integers().path()).is_some());
+    for (found, replaced, message) in [
+        // Groups of no use.
+        (
+            "int4:g32",
+            "int4:g0",
+            "must be a multiple of 32 from 32 to 1024",
+        ),
+        (
+            "int4:g32",
+            "int4:g40",
+            "must be a multiple of 32 from 32 to 1024",
+        ),
+        (
+            "int4:g32",
+            "int4:g4294967296",
+            "must be a multiple of 32 from 32 to 1024",
+        ),
+        ("int4:g32", "int2", "unknown weight format"),
+        // Other sizes than those of the file.
+        ("int4:g32", "int8:g32", "needed is u8"),
+        ("int4:g32", "f16", "needed is f16"),
+        ("\"int8\"", "\"int4:g32\"", "needed is u8"),
+        ("\"int8\"", "\"bf16\"", "needed is bf16"),
+        // What is no matrix.
+        (
+            "\"embed.tokens\": \"int8\"",
+            "\"final_norm.weight\": \"int8\"",
+            "is no matrix of its programs",
+        ),
+        (
+            "\"embed.tokens\": \"int8\"",
+            "\"embed.positions\": \"int8\"",
+            "is no matrix of its programs",
+        ),
+        (
+            "\"layout\": \"panels\"",
+            "\"layout\": \"tiles\"",
+            "exists in the layout panels alone",
+        ),
+        (
+            "\"tables\": \"f32\"",
+            "\"tables\": \"u8\"",
+            "tables is u8, which is no floating-point type",
+        ),
+    ] {
+        let error = refusal(found, replaced);
+        assert!(error.contains(message), "{found} as {replaced}: {error}");
     }
-    let path = dir.path().join("weights-cpu.safetensors");
-    let bytes = fs::read(&path).unwrap();
-    fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+}
+
+#[test]
+fn scales_that_are_no_numbers_end_a_request() {
+    let path = integers().path().join("weights-cpu.safetensors");
+    let mut bytes = fs::read(path).unwrap();
+    let start = header_end(&bytes);
+    for byte in &mut bytes[start..] {
+        *byte = 0xff;
+    }
+    let dir = with(integers(), "weights-cpu.safetensors", &bytes);
+    let output = kiln_tests::program("kiln")
+        .arg("generate")
+        .arg(dir.path())
+        .args(["--prompt-ids", "2,3", "--device", "cpu"])
+        .output()
+        .unwrap();
+    let message = kiln_tests::failure(&output, 1);
+    assert!(message.contains("no finite number"), "{message}");
+}
+
+#[test]
+fn truncated_weights_are_named() {
+    let bytes = original("weights-cpu.safetensors");
+    let dir = with(tiny(), "weights-cpu.safetensors", &bytes[..bytes.len() - 1]);
     let error = Bundle::open(dir.path()).unwrap_err().to_string();
     assert!(
         error.contains(&format!(

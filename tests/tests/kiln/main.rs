@@ -13,3 +13,4 @@ mod generate;
 mod generation;
 mod hostile_bundles;
 mod programs;
+mod quantised;

@@ -1,6 +1,6 @@
 //! Two AVX2 registers a vector.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, nibble_shift};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -24,6 +24,7 @@ macro_rules! halves {
 
 impl Simd for Avx2 {
     type V = [__m256; 2];
+    type Words = [__m256i; 2];
 
     const TILE_ROWS: usize = 6;
     const TILE_VECTORS: usize = 1;
@@ -146,6 +147,37 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> Self::V {
+        // SAFETY: as in `halves!`; sixteen values are readable.
+        unsafe { [widen_i8(p), widen_i8(p.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(self, p: *const u32) -> Self::Words {
+        // SAFETY: as in `halves!`; sixteen values are readable.
+        unsafe {
+            [
+                _mm256_loadu_si256(p.cast()),
+                _mm256_loadu_si256(p.add(8).cast()),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V {
+        // SAFETY: as in `halves!`.
+        words.map(|words| unsafe {
+            let words = if I < 7 {
+                words
+            } else {
+                _mm256_srli_epi32::<4>(words)
+            };
+            let mask = _mm256_set1_epi32(15 << nibble_shift(I));
+            _mm256_cvtepi32_ps(_mm256_and_si256(words, mask))
+        })
+    }
+
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: Self::V) {
         // SAFETY: as in `halves!`; sixteen values are writable.
         unsafe {
@@ -179,6 +211,16 @@ impl Simd for Avx2 {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
+}
+
+/// Eight `i8` as `f32`.
+///
+/// # Safety
+/// The machine has AVX2; `p` is valid for reading eight values.
+#[inline(always)]
+unsafe fn widen_i8(p: *const i8) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
 }
 
 /// Eight `bf16` as `f32`.

@@ -1,6 +1,6 @@
 //! One AVX-512 register a vector.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, nibble_shift};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -24,6 +24,7 @@ macro_rules! proven {
 
 impl Simd for Avx512 {
     type V = __m512;
+    type Words = __m512i;
 
     const TILE_ROWS: usize = 12;
     const TILE_VECTORS: usize = 2;
@@ -122,6 +123,31 @@ impl Simd for Avx512 {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> Self::V {
+        // SAFETY: as in `proven!`; sixteen values are readable.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(self, p: *const u32) -> Self::Words {
+        // SAFETY: as in `proven!`; sixteen values are readable.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+
+    #[inline(always)]
+    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V {
+        proven!({
+            let words = if I < 7 {
+                words
+            } else {
+                _mm512_srli_epi32::<4>(words)
+            };
+            let mask = _mm512_set1_epi32(15 << nibble_shift(I));
+            _mm512_cvtepi32_ps(_mm512_and_si512(words, mask))
+        })
     }
 
     #[inline(always)]

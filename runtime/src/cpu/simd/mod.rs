@@ -150,6 +150,8 @@ pub(super) trait Kernel {
 pub(super) trait Simd: Copy {
     /// Sixteen lanes.
     type V: Copy;
+    /// Sixteen `u32`.
+    type Words: Copy;
 
     /// Rows of a register tile of matrix products: 6 or 12.
     const TILE_ROWS: usize;
@@ -190,6 +192,15 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for reading sixteen values.
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
+    /// # Safety
+    /// `p` is valid for reading sixteen values.
+    unsafe fn load_i8(self, p: *const i8) -> Self::V;
+    /// # Safety
+    /// `p` is valid for reading sixteen values.
+    unsafe fn load_words(self, p: *const u32) -> Self::Words;
+    /// The four bits of each word from `4 * I`, times 2^[`nibble_shift`]`(I)`: they are converted
+    /// where they stand, which spares a shift. I is below 8.
+    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V;
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store_f32(self, p: *mut f32, v: Self::V);
@@ -245,6 +256,12 @@ pub(super) trait Simd: Copy {
         let p = self.fma(p, self.mul(r, r), self.add(r, self.splat(1.0)));
         self.mul(p, self.exp2_integral(n))
     }
+}
+
+/// How far a nibble's place multiplies it: 4 bits each, but the last one is taken from the place of
+/// the one before, since there it would be a sign.
+pub(super) const fn nibble_shift(i: usize) -> u32 {
+    if i < 7 { 4 * i as u32 } else { 24 }
 }
 
 #[inline(always)]
@@ -330,6 +347,91 @@ impl Element for bf16 {
     unsafe fn store<S: Simd>(simd: S, p: *mut bf16, v: S::V) {
         // SAFETY: the caller's.
         unsafe { simd.store_bf16(p, v) }
+    }
+}
+
+/// Weights as tiles read them: in steps of `INPUTS` inputs, each sixteen stored values for
+/// neighbouring outputs.
+pub(super) trait Weights: Copy + Send + Sync {
+    /// Inputs of a step, 1 or 8.
+    const INPUTS: usize;
+    /// A step in registers.
+    type Step<S: Simd>: Copy;
+
+    /// # Safety
+    /// `p` is valid for reading sixteen stored values.
+    unsafe fn load_step<S: Simd>(simd: S, p: *const Self) -> Self::Step<S>;
+
+    /// Input I of a step, times [`Weights::factor`]`(I)`.
+    fn input<S: Simd, const I: usize>(simd: S, step: Self::Step<S>) -> S::V;
+
+    /// A power of two that unpacking multiplies input `i` of a step with; activations are divided by it
+    /// beforehand, and products are the same bits.
+    fn factor(i: usize) -> f32;
+}
+
+impl<E: Element> Weights for E {
+    const INPUTS: usize = 1;
+    type Step<S: Simd> = S::V;
+
+    #[inline(always)]
+    unsafe fn load_step<S: Simd>(simd: S, p: *const E) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { E::load(simd, p) }
+    }
+
+    #[inline(always)]
+    fn input<S: Simd, const I: usize>(_: S, step: S::V) -> S::V {
+        step
+    }
+
+    fn factor(_: usize) -> f32 {
+        1.0
+    }
+}
+
+impl Weights for i8 {
+    const INPUTS: usize = 1;
+    type Step<S: Simd> = S::V;
+
+    #[inline(always)]
+    unsafe fn load_step<S: Simd>(simd: S, p: *const i8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { simd.load_i8(p) }
+    }
+
+    #[inline(always)]
+    fn input<S: Simd, const I: usize>(_: S, step: S::V) -> S::V {
+        step
+    }
+
+    fn factor(_: usize) -> f32 {
+        1.0
+    }
+}
+
+/// Eight codes of four bits, lowest first: inputs of one output.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Nibbles(pub(super) u32);
+
+impl Weights for Nibbles {
+    const INPUTS: usize = 8;
+    type Step<S: Simd> = S::Words;
+
+    #[inline(always)]
+    unsafe fn load_step<S: Simd>(simd: S, p: *const Nibbles) -> S::Words {
+        // SAFETY: the caller's.
+        unsafe { simd.load_words(p.cast()) }
+    }
+
+    #[inline(always)]
+    fn input<S: Simd, const I: usize>(simd: S, words: S::Words) -> S::V {
+        simd.nibble::<I>(words)
+    }
+
+    fn factor(i: usize) -> f32 {
+        (1u32 << nibble_shift(i)) as f32
     }
 }
 
@@ -496,6 +598,44 @@ mod tests {
                     loaded.map(bits)
                 );
                 assert_eq!(stored.map(|x| bits(x.to_f32())), loaded.map(bits));
+            }
+        }
+    }
+
+    #[test]
+    fn codes_are_unpacked() {
+        struct Unpack<W>([W; LANES]);
+        impl<W: Weights> Kernel for Unpack<W> {
+            type Output = Vec<[f32; LANES]>;
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> Self::Output {
+                // SAFETY: the array has sixteen values.
+                let step = unsafe { W::load_step(simd, self.0.as_ptr()) };
+                let mut inputs = vec![simd.to_array(W::input::<S, 0>(simd, step))];
+                if W::INPUTS == 8 {
+                    inputs.extend([
+                        simd.to_array(W::input::<S, 1>(simd, step)),
+                        simd.to_array(W::input::<S, 2>(simd, step)),
+                        simd.to_array(W::input::<S, 3>(simd, step)),
+                        simd.to_array(W::input::<S, 4>(simd, step)),
+                        simd.to_array(W::input::<S, 5>(simd, step)),
+                        simd.to_array(W::input::<S, 6>(simd, step)),
+                        simd.to_array(W::input::<S, 7>(simd, step)),
+                    ]);
+                }
+                inputs
+            }
+        }
+        for isa in isas() {
+            let mut random = Random::new(5);
+            for _ in 0..100 {
+                let words: [u32; LANES] = std::array::from_fn(|_| random.next_u32());
+                for (i, found) in isa.run(Unpack(words.map(Nibbles))).into_iter().enumerate() {
+                    let code = |word: u32| (word >> (4 * i) & 15) as f32;
+                    assert_eq!(found, words.map(|word| code(word) * Nibbles::factor(i)));
+                }
+                let bytes = words.map(|word| word as i8);
+                assert_eq!(isa.run(Unpack(bytes)), [bytes.map(f32::from)]);
             }
         }
     }

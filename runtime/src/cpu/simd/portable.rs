@@ -1,6 +1,6 @@
 //! Arrays, for the compiler to vectorise.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, nibble_shift};
 use half::{bf16, f16};
 
 /// Needs nothing of the machine.
@@ -26,6 +26,7 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
 
 impl Simd for Portable {
     type V = [f32; LANES];
+    type Words = [u32; LANES];
 
     const TILE_ROWS: usize = 6;
     const TILE_VECTORS: usize = 1;
@@ -124,6 +125,28 @@ impl Simd for Portable {
         // SAFETY: the caller's: sixteen values are readable.
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> Self::V {
+        // SAFETY: sixteen values are readable.
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn load_words(self, p: *const u32) -> Self::Words {
+        // SAFETY: sixteen values are readable.
+        unsafe { p.cast::<[u32; LANES]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V {
+        let words = if I < 7 {
+            words
+        } else {
+            words.map(|word| word >> 4)
+        };
+        words.map(|word| (word & (15 << nibble_shift(I))) as i32 as f32)
     }
 
     #[inline(always)]

@@ -9,8 +9,9 @@ use crate::device::{DeviceError, SequenceStep, Step, StepOutput, Tokens};
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
-    WeightFile,
+    TensorView, WeightFile, WeightFormat,
 };
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A step's lists in the form that kernels take.
@@ -139,11 +140,19 @@ impl<'a> Rest<'a> {
 /// The mapped weights, by name.
 pub(super) struct Weights {
     file: WeightFile,
+    /// How matrices are stored.
+    format: WeightFormat,
+    /// Matrices that are stored otherwise.
+    exceptions: BTreeMap<String, WeightFormat>,
 }
 
 impl Weights {
-    pub(super) fn new(file: WeightFile) -> Weights {
-        Weights { file }
+    pub(super) fn new(file: WeightFile, target: &Target) -> Weights {
+        Weights {
+            file,
+            format: target.weights,
+            exceptions: target.exceptions.clone(),
+        }
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -182,35 +191,39 @@ impl Weights {
         Ok(())
     }
 
-    fn storage(&self, name: &str) -> Result<(Storage<'_>, &[usize]), DeviceError> {
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, DeviceError> {
         let view = self.file.tensor(name);
-        let view = view.ok_or_else(|| plan_error(format!("tensor {name:?} is missing")))?;
-        let storage = Storage::new(view.data, view.dtype).map_err(|e| malformed(name, &e))?;
-        Ok((storage, view.shape))
+        view.ok_or_else(|| plan_error(format!("tensor {name:?} is missing")))
+    }
+
+    fn storage(&self, name: &str) -> Result<Storage<'_>, DeviceError> {
+        let view = self.tensor(name)?;
+        Storage::new(view.data, view.dtype).map_err(|e| malformed(name, &e))
     }
 
     fn matrix(&self, name: &str, n: usize, k: usize) -> Result<PackedMatrix<'_>, DeviceError> {
-        let (storage, _) = self.storage(name)?;
-        PackedMatrix::new(storage, n, k).map_err(|e| malformed(name, &e))
+        let format = *self.exceptions.get(name).unwrap_or(&self.format);
+        PackedMatrix::from_bytes(self.tensor(name)?.data, format, n, k)
+            .map_err(|e| malformed(name, &e))
     }
 
     /// The token table, whose rows are padded to whole panels.
     fn table(&self, name: &str, width: usize) -> Result<PackedMatrix<'_>, DeviceError> {
-        let (_, shape) = self.storage(name)?;
-        let rows = shape
+        let rows = self
+            .tensor(name)?
+            .shape
             .first()
             .map_or(0, |panels| panels * kiln_bundle::packing::PANEL);
         self.matrix(name, rows, width)
     }
 
     fn positions(&self, name: &str, width: usize) -> Result<PositionTable<'_>, DeviceError> {
-        let (storage, _) = self.storage(name)?;
-        Ok(PositionTable::new(storage, width))
+        Ok(PositionTable::new(self.storage(name)?, width))
     }
 
     fn vector(&self, name: Option<&String>) -> Result<Option<&[f32]>, DeviceError> {
         let Some(name) = name else { return Ok(None) };
-        match self.storage(name)?.0 {
+        match self.storage(name)? {
             Storage::F32(values) => Ok(Some(values)),
             _ => Err(plan_error(format!("vector {name:?} is not f32"))),
         }

@@ -72,7 +72,7 @@ impl CpuDevice {
                 .collect(),
         })?;
         check_plan(target).map_err(plan_error)?;
-        let weights = Weights::new(bundle.weights(target)?);
+        let weights = Weights::new(bundle.weights(target)?, target);
         weights.check(target)?;
 
         let available = available_bytes();
@@ -195,7 +195,7 @@ fn plan_error(problem: String) -> DeviceError {
 
 /// Whether the target keeps to what this device can do, beyond what every sound manifest does.
 fn check_plan(target: &Target) -> Result<(), String> {
-    if target.dtype == DType::I32 {
+    if !target.dtype.is_float() {
         return Err("its KV cache is of integers".to_owned());
     }
     for program in &target.programs {

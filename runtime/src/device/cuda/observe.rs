@@ -161,6 +161,7 @@ fn to_f32(bytes: &[u8], dtype: DType) -> Vec<f32> {
             .collect(),
         // A sound manifest has no such buffer.
         DType::I32 => words.map(|&word| i32::from_le_bytes(word) as f32).collect(),
+        DType::U8 => bytes.iter().map(|&byte| f32::from(byte)).collect(),
     }
 }
 

@@ -3,7 +3,8 @@
 use crate::testing::manifest as fake_manifest;
 use kiln_bundle::{
     Argument, Buffer, BufferId, Bundle, BundleWriter, DType, Image, KernelSpec, Launch, Linear,
-    Norm, Program, RowKind, Rows, Tap, Target, TensorDecl, WriteError, packing::Layout,
+    Norm, Program, RowKind, Rows, Tap, Target, TensorDecl, WeightFormat, WriteError,
+    packing::Layout,
 };
 use std::path::Path;
 
@@ -140,7 +141,8 @@ pub(super) fn write_bundle(path: &Path, change: impl FnOnce(&mut Target)) -> Bun
     let mut writer = BundleWriter::create(path).unwrap();
     let target = &mut manifest.targets[0];
     target.name = "sm_90a".to_owned();
-    target.weights = DType::F16;
+    target.weights = WeightFormat::F16;
+    target.tables = DType::F16;
     target.dtype = DType::F16;
     target.layout = Layout::Tiles;
     target.weights_file = "weights.safetensors".to_owned();
