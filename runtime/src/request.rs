@@ -481,15 +481,14 @@ impl Request {
                 check_id(&|| field.to_owned(), id, model)?;
             }
         }
-        let layers = self.outputs.hidden_states.of(model.layers as usize);
+        let hidden = self.outputs.hidden_states.of(model.layers as usize);
+        let hidden = hidden.into_iter().map(|layer| ("hidden_layers", layer));
         let embedding = self.outputs.embedding.and_then(|embedding| embedding.layer);
-        let layers = layers
-            .into_iter()
-            .chain(embedding.map(|layer| layer as usize));
-        for layer in layers {
+        let embedding = embedding.map(|layer| ("layer", layer as usize));
+        for (name, layer) in hidden.chain(embedding) {
             if layer > model.layers as usize {
                 let needed = format!("from 0 to {}, the layers of the model", model.layers);
-                return Err(parameter("layer", layer, needed));
+                return Err(parameter(name, layer, needed));
             }
         }
         if let Some((start, factor)) = exponential_decay_length_penalty
