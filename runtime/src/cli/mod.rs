@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
+mod embed;
 mod generate;
 mod interrupt;
 mod output;
@@ -33,6 +34,8 @@ pub(crate) struct Args {
 enum Command {
     /// Continue prompts
     Generate(Box<generate::GenerateArgs>),
+    /// Turn texts into vectors
+    Embed(embed::EmbedArgs),
     /// Measure load, prefill, decode and memory
     Bench(bench::BenchArgs),
     /// Check a bundle's files, then run its self-test on the device
@@ -74,6 +77,7 @@ fn device(text: &str) -> Result<DeviceChoice, String> {
 pub(crate) fn run(args: Args) -> ExitCode {
     let result = match args.command {
         Command::Generate(args) => generate::run(*args),
+        Command::Embed(args) => embed::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Verify(args) => verify::run(&args),
     };

@@ -257,7 +257,7 @@ fn number(text: &str, range: &Range) -> Result<f32, String> {
     value.ok_or_else(|| format!("it must be {}", range.needed))
 }
 
-fn ids(text: &str) -> Result<Ids, String> {
+pub(super) fn ids(text: &str) -> Result<Ids, String> {
     let ids: Result<_, _> = text.split(',').map(str::parse).collect();
     ids.map(Ids)
         .map_err(|_| "it must be token ids with commas between them".to_owned())

@@ -6,6 +6,7 @@ mod batch_invariance;
 mod conformance;
 mod cpu_parity;
 mod documents;
+mod embed;
 mod emulated_engine;
 mod emulated_kernels;
 mod emulation;
