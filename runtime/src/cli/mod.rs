@@ -5,7 +5,9 @@
 mod bench;
 mod embed;
 mod generate;
+mod interactive;
 mod interrupt;
+mod lines;
 mod output;
 mod requests;
 mod settings;

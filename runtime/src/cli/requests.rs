@@ -94,7 +94,7 @@ fn prompt(fields: &Map<String, Value>) -> Result<Prompt, String> {
 }
 
 /// Sets the field `name`.
-fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String> {
+pub(super) fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String> {
     match name {
         "max_new_tokens" => settings.max_new_tokens = Some(unsigned(value)?),
         "min_new_tokens" => settings.min_new_tokens = Some(unsigned(value)?),
@@ -304,6 +304,12 @@ mod tests {
         assert_eq!(settings.repetition_penalty, Some(1.5));
         assert_eq!((settings.logprobs, settings.echo), (Some(3), true));
         assert_eq!(settings.best_of, Some(4));
+        // They are written as they are read.
+        let mut again = Settings::default();
+        for (name, value) in settings.fields().unwrap() {
+            set(&mut again, &name, &value).unwrap();
+        }
+        assert_eq!(&again, settings);
     }
 
     #[test]

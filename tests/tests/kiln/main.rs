@@ -13,4 +13,5 @@ mod emulation;
 mod generate;
 mod generation;
 mod hostile_bundles;
+mod interactive;
 mod programs;
