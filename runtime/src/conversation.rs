@@ -11,6 +11,45 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 use kiln_bundle::Manifest;
 
 /// The turns so far, each of which is what a user adds and what the model makes of it.
+///
+/// ```
+/// # use kiln_bundle::Bundle;
+/// # use kiln_runtime::{Completion, Conversation, Engine, Event, LoadOptions, Prompt, Request};
+/// # use std::path::Path;
+/// # fn finish(engine: &mut Engine) -> Result<Completion, Box<dyn std::error::Error>> {
+/// #     loop {
+/// #         for event in engine.step()? {
+/// #             if let Event::Finished(completion) = event {
+/// #                 return Ok(*completion);
+/// #             }
+/// #         }
+/// #     }
+/// # }
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let bundle = Bundle::open(Path::new("examples/tiny.kiln"))?;
+/// let mut engine = Engine::load(&bundle, &LoadOptions::default())?;
+/// let mut conversation = Conversation::new(bundle.manifest());
+/// for text in ["The sea was", " and"] {
+///     let mut turn = Request::new(Prompt::Text(text.to_owned()));
+///     turn.max_new_tokens = Some(8);
+///     turn.ignore_eos = true;
+///
+///     let tokenizer = engine.tokenizer().ok_or("no tokenizer")?;
+///     let request = conversation.request(turn, tokenizer)?;
+///     engine.submit(request)?;
+///     let before = conversation.ids().len();
+///     let completion = finish(&mut engine)?; // steps until Event::Finished
+///
+///     // What was there before is not computed again, but for a last token that was never fed.
+///     assert_eq!(completion.cached_tokens, before.saturating_sub(1));
+///     let tokenizer = engine.tokenizer().ok_or("no tokenizer")?;
+///     conversation.push(&completion, tokenizer)?;
+/// }
+/// let tokenizer = engine.tokenizer().ok_or("no tokenizer")?;
+/// assert!(conversation.text(tokenizer)?.starts_with("The sea was"));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Conversation {
     max_seq_len: usize,

@@ -50,9 +50,7 @@ fn prompts() -> Vec<Value> {
 
 /// The prompts' rows (T, C) of a layer.
 fn rows(hidden: &Tensor, layer: usize) -> Vec<&[f32]> {
-    let [_, positions, width] = hidden.shape[..] else {
-        panic!("{:?}", hidden.shape)
-    };
+    let (positions, width) = (hidden.shape[1], hidden.shape[2]);
     let rows = hidden.data.chunks_exact(width);
     rows.skip(layer * positions).take(positions).collect()
 }

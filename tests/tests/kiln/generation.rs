@@ -384,7 +384,7 @@ fn engine_request(prompt: &[u32], parameters: &Parameters) -> Request {
     let several: BTreeMap<_, _> = parameters.sequence_bias.iter().cloned().collect();
     let returned = parameters.num_return_sequences as u32;
     Request {
-        beams: (parameters.num_beams > 1).then(|| BeamParams {
+        beams: (parameters.num_beams > 1).then_some(BeamParams {
             num_beams: parameters.num_beams as u32,
             length_penalty: parameters.length_penalty,
             early_stopping: match parameters.early_stopping {
