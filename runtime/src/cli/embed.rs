@@ -1,7 +1,7 @@
 //! `kiln embed`: a vector for each text, from the model's hidden states.
 
 use super::interrupt;
-use super::output::TensorFile;
+use super::output::{TensorFile, stdout_error};
 use super::requests;
 use super::settings::{Ids, ids};
 use super::{DeviceArgs, Loaded, describe, load, read_file};
@@ -10,7 +10,7 @@ use clap::ArgGroup;
 use kiln_runtime::{Completion, Embedding, Engine, Event, Pooling, Prompt, Request, RequestId};
 use serde::Serialize;
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -100,12 +100,12 @@ pub(super) fn run(args: &EmbedArgs) -> anyhow::Result<ExitCode> {
         return Ok(interrupt::exit_code());
     };
     if args.json || file.is_none() {
-        let mut out = io::stdout().lock();
+        let mut out = BufWriter::new(io::stdout().lock());
         for vector in &vectors {
-            serde_json::to_writer(&mut out, vector).map_err(io::Error::from)?;
-            writeln!(out)?;
+            let line = serde_json::to_string(vector)?;
+            writeln!(out, "{line}").map_err(stdout_error)?;
         }
-        out.flush()?;
+        out.flush().map_err(stdout_error)?;
     }
     if let Some(mut file) = file {
         let width = bundle.manifest().model.hidden_size as usize;

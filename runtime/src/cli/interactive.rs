@@ -1,6 +1,7 @@
 //! `kiln generate --interactive`: user and model write a text in turn.
 
 use super::lines::{Lines, Read};
+use super::output::stdout_error;
 use super::settings::Settings;
 use super::{Loaded, describe, interrupt, requests};
 use anyhow::Context;
@@ -22,6 +23,7 @@ Ctrl-C stops the model and keeps what it wrote; Ctrl-D leaves.
   /reset             drop everything and start anew
   /settings          how to generate, where it is not left to the defaults
   /set NAME VALUE    change that; names are those of the flags: /set temperature 0.8
+  /set NAME default  leave it to the default
   /save FILE         write the text to a file
   /quit              leave
 
@@ -81,9 +83,22 @@ fn split_word(text: &str) -> (&str, &str) {
     (word, rest.trim())
 }
 
-/// Sets what a flag of this name sets, from a value as `requests.jsonl` has it. A word needs no quotes.
+/// Sets what a flag of this name sets, from a value as `requests.jsonl` has it. A word needs no quotes,
+/// and the word default takes back what was set.
 fn set(settings: &mut Settings, name: &str, value: &str) -> Result<(), String> {
     let name = name.trim_start_matches("--").replace('-', "_");
+    if value == "default" {
+        let mut fields = settings.fields().map_err(|error| error.to_string())?;
+        if fields.remove(&name).is_none() {
+            return Err(format!("{name} is not set"));
+        }
+        let mut rest = Settings::default();
+        for (name, value) in &fields {
+            requests::set(&mut rest, name, value)?;
+        }
+        *settings = rest;
+        return Ok(());
+    }
     let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
     requests::set(settings, &name, &value).map_err(|problem| format!("{name}: {problem}"))
 }
@@ -173,7 +188,11 @@ impl<W: Write> Session<W> {
                 eprintln!("[started anew]");
             }
             Ok(Command::Settings) => {
-                for (name, value) in self.settings.fields()? {
+                let fields = self.settings.fields()?;
+                if fields.is_empty() {
+                    eprintln!("[nothing is set]");
+                }
+                for (name, value) in fields {
                     eprintln!("{name} {value}");
                 }
             }
@@ -268,8 +287,10 @@ impl<W: Write> Session<W> {
     }
 
     fn print(&mut self, text: &str) -> anyhow::Result<()> {
-        self.out.write_all(text.as_bytes())?;
-        Ok(self.out.flush()?)
+        let written = self.out.write_all(text.as_bytes());
+        Ok(written
+            .and_then(|()| self.out.flush())
+            .map_err(stdout_error)?)
     }
 
     /// What is wrong with a turn, and how to go on.
@@ -355,5 +376,16 @@ mod tests {
         let expect = "{\"bad_words_ids\":[[1,2]],\"early_stopping\":\"never\",\
                       \"max_new_tokens\":7,\"stop\":[\"END\"],\"temperature\":0.5}";
         assert_eq!(fields.to_string(), expect);
+        let mut unset = |name| super::set(&mut settings, name, "default");
+        unset("early-stopping").unwrap();
+        unset("stop").unwrap();
+        unset("bad_words_ids").unwrap();
+        assert_eq!(unset("stop").unwrap_err(), "stop is not set");
+        let rest = Settings {
+            temperature: Some(0.5),
+            max_new_tokens: Some(7),
+            ..Settings::default()
+        };
+        assert_eq!(settings, rest);
     }
 }
