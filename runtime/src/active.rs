@@ -441,8 +441,10 @@ fn sampled(
     if let Some(tokenizer) = tokenizer.filter(|_| sample.finish_reason.is_none()) {
         sample.text += &sample.stream.finish(tokenizer)?.text;
     }
+    // Those that several were ranked by are known too.
+    let is_scored = wants_logprobs || !sample.logprobs.is_empty();
     Ok(Choice {
-        score: wants_logprobs.then(|| sample.logprob()),
+        score: is_scored.then(|| sample.logprob()),
         ids: sample.ids,
         text: sample.text,
         finish_reason: sample.finish_reason.unwrap_or(FinishReason::Cancelled),

@@ -12,6 +12,26 @@ use crate::sampling::{Continuation, Taken, TokenLogprob};
 use crate::scheduler::NextBranch;
 
 /// How to search.
+///
+/// ```
+/// use kiln_runtime::{BeamParams, EarlyStopping, Prompt, Request};
+///
+/// let mut request = Request::new(Prompt::Ids(vec![2]));
+/// request.beams = Some(BeamParams {
+///     length_penalty: 0.6,
+///     early_stopping: EarlyStopping::Never,
+///     ..BeamParams::new(4)
+/// });
+/// assert!(request.check().is_ok());
+///
+/// // Groups that keep away from each other's tokens.
+/// request.beams = Some(BeamParams {
+///     num_beam_groups: 2,
+///     diversity_penalty: 0.5,
+///     ..BeamParams::new(4)
+/// });
+/// assert!(request.check().is_ok());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BeamParams {
     /// Sequences that are followed at a time, at least 2.

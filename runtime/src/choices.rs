@@ -8,6 +8,20 @@ pub const MAX_CHOICES: u32 = 128;
 
 /// How often a prompt is continued. Each generation has a seed of its own, which follows from the
 /// request's; they share the prompt's keys and values.
+///
+/// ```
+/// use kiln_runtime::{Choices, Prompt, Request};
+///
+/// // Of five samples the two that are likeliest by token.
+/// let mut request = Request::new(Prompt::Ids(vec![2]));
+/// request.choices = Choices { returned: 2, generated: 5 };
+/// request.sampling.temperature = 1.0;
+/// assert!(request.check().is_ok());
+///
+/// // Where nothing is drawn, all would be the same.
+/// request.sampling.temperature = 0.0;
+/// assert!(request.check().is_err());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choices {
     /// Results that are returned (n).

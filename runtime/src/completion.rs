@@ -47,7 +47,7 @@ pub struct Choice {
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// Of a beam search: its score. Else the log-probability of all its tokens, where those were asked
-    /// for.
+    /// for or choices were ranked by it.
     pub score: Option<f32>,
     /// Of its tokens, where asked for.
     pub logprobs: Option<Vec<TokenLogprob>>,

@@ -92,6 +92,36 @@ pub enum EngineError {
 }
 
 /// Runs requests on a device.
+///
+/// ```
+/// # use kiln_bundle::Bundle;
+/// # use kiln_runtime::{Engine, Event, LoadOptions, Prompt, Request};
+/// # use std::path::Path;
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let bundle = Bundle::open(Path::new("examples/tiny.kiln"))?;
+/// let mut engine = Engine::load(&bundle, &LoadOptions::default())?;
+/// for id in 10..16 {
+///     let mut request = Request::new(Prompt::Ids(vec![2, id]));
+///     request.max_new_tokens = Some(4);
+///     request.ignore_eos = true;
+///     engine.submit(request)?;
+/// }
+/// while !engine.is_idle() {
+///     engine.step()?;
+/// }
+/// // Steps are shared: alone, each of the six requests takes four.
+/// let stats = engine.stats();
+/// assert!(stats.prefill.steps + stats.decode.steps < 12);
+///
+/// // What is wrong with a request is told at once.
+/// let error = engine.submit(Request::new(Prompt::Ids(vec![2, 9999]))).unwrap_err();
+/// assert_eq!(
+///     error.to_string(),
+///     "prompt_ids[1]: token id 9999 is out of range; the vocabulary has ids 0 to 299"
+/// );
+/// # Ok(())
+/// # }
+/// ```
 pub struct Engine {
     device: Box<dyn Device>,
     model: ModelInfo,

@@ -28,6 +28,22 @@ pub enum Prompt {
 }
 
 /// One generation.
+///
+/// ```
+/// use kiln_runtime::{Prompt, Request};
+///
+/// let mut request = Request::new(Prompt::Text("The sea was".to_owned()));
+/// request.max_new_tokens = Some(100);
+/// request.stop = vec!["\n\n".to_owned()];
+/// request.processors.repetition_penalty = 1.2;
+/// assert!(request.check().is_ok());
+///
+/// request.min_new_tokens = 200;
+/// assert_eq!(
+///     request.check().unwrap_err().to_string(),
+///     "min_new_tokens is 200; it must be at most max_new_tokens, which is 100"
+/// );
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     /// What to continue.
@@ -62,6 +78,36 @@ pub struct Request {
 }
 
 /// What a request reports of the model's work.
+///
+/// ```
+/// # use kiln_bundle::Bundle;
+/// # use kiln_runtime::{Engine, Event, LoadOptions};
+/// use kiln_runtime::{Embedding, Layers, Pooling, Prompt, Request};
+/// # use std::path::Path;
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let bundle = Bundle::open(Path::new("examples/tiny.kiln"))?;
+/// # let mut engine = Engine::load(&bundle, &LoadOptions::default())?;
+///
+/// // A vector for a text, and nothing generated.
+/// let mut request = Request::new(Prompt::Ids(vec![2, 30, 7]));
+/// request.max_new_tokens = Some(0);
+/// request.outputs.embedding = Some(Embedding { pooling: Pooling::Last, layer: None });
+/// // Besides, the hidden states of the embedding and of the last layer.
+/// request.outputs.hidden_states = Layers::Of(vec![0, 2]);
+/// engine.submit(request)?;
+/// while !engine.is_idle() {
+///     for event in engine.step()? {
+///         if let Event::Finished(completion) = event {
+///             let hidden = &completion.choices[0].hidden_states; // (2, 3, C)
+///             assert_eq!(completion.embedding.len(), 32);
+///             assert_eq!(hidden.len(), 2 * 3 * 32);
+///             assert!(hidden.ends_with(&completion.embedding));
+///         }
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs {
     /// The logits of every position of prompt and generation.
@@ -489,15 +535,14 @@ impl Request {
                 check_id(&|| field.to_owned(), id, model)?;
             }
         }
-        let layers = self.outputs.hidden_states.of(model.layers as usize);
+        let hidden = self.outputs.hidden_states.of(model.layers as usize);
+        let hidden = hidden.into_iter().map(|layer| ("hidden_layers", layer));
         let embedding = self.outputs.embedding.and_then(|embedding| embedding.layer);
-        let layers = layers
-            .into_iter()
-            .chain(embedding.map(|layer| layer as usize));
-        for layer in layers {
+        let embedding = embedding.map(|layer| ("layer", layer as usize));
+        for (name, layer) in hidden.chain(embedding) {
             if layer > model.layers as usize {
                 let needed = format!("from 0 to {}, the layers of the model", model.layers);
-                return Err(parameter("layer", layer, needed));
+                return Err(parameter(name, layer, needed));
             }
         }
         if let Some((start, factor)) = exponential_decay_length_penalty

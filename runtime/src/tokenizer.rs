@@ -61,6 +61,17 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The ids of `text` that goes on after other text: those of [`Tokenizer::encode`] without what it
+    /// adds around them.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Encode`].
+    pub fn encode_more(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.inner.encode_fast(text, false);
+        let encoding = encoding.map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
     /// The text of `ids`, special tokens left out.
     ///
     /// # Errors
@@ -282,6 +293,7 @@ pub(crate) mod tests {
         assert_eq!(encoded, [0, 257, 258, 33, 257, 258]);
         assert_eq!(tokenizer.decode(&encoded).unwrap(), "hello hello");
         assert_eq!(tokenizer.encode("").unwrap(), [0]);
+        assert_eq!(tokenizer.encode_more("hello").unwrap(), [257, 258]);
     }
 
     #[test]

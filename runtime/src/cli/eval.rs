@@ -8,7 +8,7 @@
 use super::{DeviceArgs, Loaded, load, milliseconds, read_file};
 use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use kiln_runtime::{Completion, Engine, Event, Prompt, Request, RequestId};
+use kiln_runtime::{Engine, Event, Prompt, Request, RequestId};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::io::{self, Write};

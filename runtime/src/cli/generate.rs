@@ -1,10 +1,10 @@
 //! `kiln generate`.
 
-use super::interrupt;
 use super::output::{Printed, Printer, TensorFile};
 use super::requests::{self, Line};
 use super::settings::Settings;
 use super::{DeviceArgs, Loaded, describe, load, read_file};
+use super::{interactive, interrupt};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
 use kiln_runtime::{Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId};
@@ -15,7 +15,11 @@ use std::process::ExitCode;
 
 /// Arguments of `kiln generate`.
 #[derive(clap::Args)]
-#[command(group = ArgGroup::new("source").required(true))]
+#[command(
+    group = ArgGroup::new("source"),
+    group = ArgGroup::new("start").required(true).multiple(true)
+        .args(["prompt", "prompt_file", "prompt_ids", "input", "interactive"])
+)]
 pub(super) struct GenerateArgs {
     /// Directory of the compiled bundle
     bundle: PathBuf,
@@ -33,6 +37,12 @@ pub(super) struct GenerateArgs {
     /// a line is silent; - is standard input
     #[arg(long, value_name = "FILE", group = "source")]
     input: Option<PathBuf>,
+    /// Goes on with lines that you type, in turn with the model; a prompt given besides is the first.
+    /// Type /help for more. KILN_HISTORY is the file of what was typed, off for none
+    /// [default: ~/.local/state/kiln/history]
+    #[arg(long, conflicts_with_all = ["input", "json", "output_logits", "output_hidden_states",
+          "output_scores", "num_return_sequences"])]
+    interactive: bool,
 
     #[command(flatten)]
     settings: Settings,
@@ -94,16 +104,23 @@ struct Running {
 
 pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let requests = read_requests(&args)?;
-    if args.input.is_none()
-        && let Some(error) = requests
-            .iter()
-            .find_map(|asked| asked.request.check().err())
-    {
-        // These came from flags alone.
-        eprintln!("error: {error}");
-        return Ok(ExitCode::from(2));
+    if args.input.is_none() {
+        // These came from flags alone; a conversation may have none yet.
+        let turn = args.settings.request(Prompt::Ids(Vec::new()));
+        let request = requests.first().map_or(&turn, |asked| &asked.request);
+        if let Err(error) = request.check() {
+            eprintln!("error: {error}");
+            return Ok(ExitCode::from(2));
+        }
     }
     interrupt::install()?;
+    if args.interactive {
+        let first = requests
+            .into_iter()
+            .next()
+            .map(|asked| asked.request.prompt);
+        return interactive::run(first, args.settings, load(&args.bundle, &args.device)?);
+    }
     let Loaded {
         mut engine,
         bundle,
@@ -187,11 +204,11 @@ fn read_requests(args: &GenerateArgs) -> anyhow::Result<Vec<Asked>> {
         (name, Prompt::Text(text))
     } else if let Some(ids) = &args.prompt_ids {
         ("--prompt-ids".to_owned(), Prompt::Ids(ids.clone()))
+    } else if let Some(text) = &args.prompt {
+        ("prompt".to_owned(), Prompt::Text(text.clone()))
     } else {
-        (
-            "prompt".to_owned(),
-            Prompt::Text(args.prompt.clone().unwrap_or_default()),
-        )
+        // --interactive
+        return Ok(Vec::new());
     };
     Ok(vec![asked(place, prompt, &args.settings)])
 }

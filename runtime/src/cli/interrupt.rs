@@ -22,6 +22,11 @@ pub(super) fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
+/// Whether Ctrl-C was pressed since this was last asked: the next one is a first one again.
+pub(super) fn take() -> bool {
+    INTERRUPTED.swap(false, Ordering::Relaxed)
+}
+
 pub(super) fn exit_code() -> ExitCode {
     ExitCode::from(EXIT_CODE)
 }

@@ -3,9 +3,12 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
+mod embed;
 mod eval;
 mod generate;
+mod interactive;
 mod interrupt;
+mod lines;
 mod output;
 mod requests;
 mod settings;
@@ -34,6 +37,8 @@ pub(crate) struct Args {
 enum Command {
     /// Continue prompts
     Generate(Box<generate::GenerateArgs>),
+    /// Turn texts into vectors
+    Embed(embed::EmbedArgs),
     /// Measure load, prefill, decode and memory
     Bench(bench::BenchArgs),
     /// Measure the perplexity of a text
@@ -77,6 +82,7 @@ fn device(text: &str) -> Result<DeviceChoice, String> {
 pub(crate) fn run(args: Args) -> ExitCode {
     let result = match args.command {
         Command::Generate(args) => generate::run(*args),
+        Command::Embed(args) => embed::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Verify(args) => verify::run(&args),

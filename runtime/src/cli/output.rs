@@ -110,7 +110,7 @@ impl<W: Write> Printer<W> {
 }
 
 /// Says where, and keeps the kind: a closed pipe is told from a full disk by it.
-fn stdout_error(error: io::Error) -> io::Error {
+pub(super) fn stdout_error(error: io::Error) -> io::Error {
     io::Error::new(
         error.kind(),
         format!("cannot write to standard output: {error}"),

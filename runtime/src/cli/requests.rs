@@ -16,6 +16,44 @@ pub(super) struct Line {
 
 /// Reads the lines of a file; empty ones are skipped. The error names line and field.
 pub(super) fn parse(bytes: &[u8], defaults: &Settings) -> Result<Vec<Line>, String> {
+    objects(bytes, |number, fields| {
+        let prompt = prompt(fields)?;
+        let mut settings = defaults.clone();
+        for (name, value) in fields {
+            if !PROMPTS.contains(&name.as_str()) {
+                set(&mut settings, name, value)
+                    .map_err(|problem| format!("field {name:?}: {problem}"))?;
+            }
+        }
+        Ok(Line {
+            number,
+            prompt,
+            settings,
+        })
+    })
+}
+
+/// As [`parse`], of lines that hold prompts and nothing else. Returns them with their numbers.
+pub(super) fn parse_prompts(bytes: &[u8]) -> Result<Vec<(usize, Prompt)>, String> {
+    objects(bytes, |number, fields| {
+        let prompt = prompt(fields)?;
+        match fields.keys().find(|name| !PROMPTS.contains(&name.as_str())) {
+            Some(name) => Err(format!(
+                "field {name:?}: unknown; known are prompt, prompt_ids"
+            )),
+            None => Ok((number, prompt)),
+        }
+    })
+}
+
+/// The fields that are no settings.
+const PROMPTS: [&str; 2] = ["prompt", "prompt_ids"];
+
+/// What `read` makes of each line's object and number, which counts from 1.
+fn objects<T>(
+    bytes: &[u8],
+    read: impl Fn(usize, &Map<String, Value>) -> Result<T, String>,
+) -> Result<Vec<T>, String> {
     let mut lines = Vec::new();
     for (number, line) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
         let line = std::str::from_utf8(line).map_err(|error| {
@@ -29,28 +67,13 @@ pub(super) fn parse(bytes: &[u8], defaults: &Settings) -> Result<Vec<Line>, Stri
         }
         let value: Value = serde_json::from_str(line)
             .map_err(|error| format!("line {number}: not JSON: {error}"))?;
-        let (prompt, settings) =
-            request(value, defaults).map_err(|problem| format!("line {number}: {problem}"))?;
-        lines.push(Line {
-            number,
-            prompt,
-            settings,
-        });
+        let read = match &value {
+            Value::Object(fields) => read(number, fields),
+            other => Err(format!("expected an object, found {}", kind(other))),
+        };
+        lines.push(read.map_err(|problem| format!("line {number}: {problem}"))?);
     }
     Ok(lines)
-}
-
-fn request(value: Value, defaults: &Settings) -> Result<(Prompt, Settings), String> {
-    let Value::Object(fields) = value else {
-        return Err(format!("expected an object, found {}", kind(&value)));
-    };
-    let prompt = prompt(&fields)?;
-    let mut settings = defaults.clone();
-    for (name, value) in &fields {
-        let in_field = |problem: String| format!("field {name:?}: {problem}");
-        set(&mut settings, name, value).map_err(in_field)?;
-    }
-    Ok((prompt, settings))
 }
 
 fn prompt(fields: &Map<String, Value>) -> Result<Prompt, String> {
@@ -71,9 +94,8 @@ fn prompt(fields: &Map<String, Value>) -> Result<Prompt, String> {
 }
 
 /// Sets the field `name`.
-fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String> {
+pub(super) fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String> {
     match name {
-        "prompt" | "prompt_ids" => {}
         "max_new_tokens" => settings.max_new_tokens = Some(unsigned(value)?),
         "min_new_tokens" => settings.min_new_tokens = Some(unsigned(value)?),
         "min_length" => settings.min_length = Some(unsigned(value)?),
@@ -120,7 +142,7 @@ fn set(settings: &mut Settings, name: &str, value: &Value) -> Result<(), String>
         "ignore_eos" => settings.ignore_eos = flag(value)?,
         _ => {
             return Err(
-                "unknown; known are prompt, prompt_ids, max_new_tokens, min_new_tokens, min_length, \
+                "unknown; known are max_new_tokens, min_new_tokens, min_length, \
                  temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, seed, \
                  repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, \
                  logit_bias, sequence_bias, bad_words_ids, suppress_tokens, begin_suppress_tokens, \
@@ -283,6 +305,30 @@ mod tests {
         assert_eq!(settings.repetition_penalty, Some(1.5));
         assert_eq!((settings.logprobs, settings.echo), (Some(3), true));
         assert_eq!(settings.best_of, Some(4));
+        // They are written as they are read.
+        let mut again = Settings::default();
+        for (name, value) in settings.fields().unwrap() {
+            set(&mut again, &name, &value).unwrap();
+        }
+        assert_eq!(&again, settings);
+    }
+
+    #[test]
+    fn prompts_alone() {
+        let text = "{\"prompt\": \"a\"}\n\n{\"prompt_ids\": [1, 2]}\n";
+        assert_eq!(
+            parse_prompts(text.as_bytes()).unwrap(),
+            [
+                (1, Prompt::Text("a".to_owned())),
+                (3, Prompt::Ids(vec![1, 2]))
+            ]
+        );
+        let error = parse_prompts(b"{\"prompt\": \"a\", \"top_k\": 1}").unwrap_err();
+        assert_eq!(
+            error,
+            "line 1: field \"top_k\": unknown; known are prompt, prompt_ids"
+        );
+        assert!(parse_prompts(b"{\"prompt\": 5}").is_err());
     }
 
     #[test]

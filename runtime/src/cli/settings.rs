@@ -5,11 +5,13 @@ use kiln_runtime::{
     BeamParams, Choices, DEFAULT_MAX_NEW_TOKENS, EarlyStopping, MAX_BEAMS, MAX_CHOICES,
     MAX_LOGPROBS, Processors, Prompt, Request, SamplingParams, SequenceBias,
 };
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
 
 /// How to generate. Without --temperature, --top-k, --top-p, --min-p, --typical-p, --epsilon-cutoff,
 /// --eta-cutoff and --seed the likeliest token is taken each time; any of the others alone samples at
 /// temperature 1
-#[derive(clap::Args, Clone, Debug, Default, PartialEq)]
+#[derive(clap::Args, Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Settings {
     /// Most new tokens [default: 128, or as many as the bundle has room for]
     #[arg(long, value_name = "N")]
@@ -70,9 +72,11 @@ pub(super) struct Settings {
     pub(super) no_repeat_ngram_size: Option<u32>,
     /// Adds to a token's logit; may be given several times
     #[arg(long, value_name = "ID=BIAS", value_parser = logit_bias)]
+    #[serde(serialize_with = "biases_by_id")]
     pub(super) logit_bias: Vec<SequenceBias>,
     /// Adds to the logit of the last token where the others precede it; may be given several times
     #[arg(long, value_name = "ID,...=BIAS", value_parser = sequence_bias)]
+    #[serde(serialize_with = "biases")]
     pub(super) sequence_bias: Vec<SequenceBias>,
     /// Never completes this sequence of tokens; may be given several times
     #[arg(long, value_name = "ID,...", value_parser = ids)]
@@ -144,12 +148,33 @@ pub(super) struct Settings {
     pub(super) best_of: Option<u32>,
 }
 
+/// As fields of `requests.jsonl` are written.
+fn biases_by_id<S: Serializer>(biases: &[SequenceBias], to: S) -> Result<S::Ok, S::Error> {
+    let by_id = |bias: &SequenceBias| Some((*bias.ids.first()?, bias.bias));
+    to.collect_map(biases.iter().filter_map(by_id))
+}
+
+/// As [`biases_by_id`].
+fn biases<S: Serializer>(biases: &[SequenceBias], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(biases.iter().map(|bias| (&bias.ids, bias.bias)))
+}
+
 /// When a search with beams ends.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StopEarly {
     True,
     False,
     Never,
+}
+
+impl Serialize for StopEarly {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            StopEarly::True => to.serialize_bool(true),
+            StopEarly::False => to.serialize_bool(false),
+            StopEarly::Never => to.serialize_str("never"),
+        }
+    }
 }
 
 impl From<StopEarly> for EarlyStopping {
@@ -163,7 +188,7 @@ impl From<StopEarly> for EarlyStopping {
 }
 
 /// A sequence of tokens, given as one argument.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Ids(pub(super) Vec<u32>);
 
 impl Settings {
@@ -202,6 +227,19 @@ impl Settings {
             choices: self.choices(),
             ..Request::new(prompt)
         }
+    }
+
+    /// What is not left at its default, as fields of `requests.jsonl`.
+    pub(super) fn fields(&self) -> serde_json::Result<Map<String, Value>> {
+        // By way of text, in which a number is as short as its type allows.
+        let mut fields: Map<String, Value> = serde_json::from_str(&serde_json::to_string(self)?)?;
+        fields.retain(|_, value| match value {
+            Value::Null | Value::Bool(false) => false,
+            Value::Array(items) => !items.is_empty(),
+            Value::Object(items) => !items.is_empty(),
+            _ => true,
+        });
+        Ok(fields)
     }
 
     /// One beam is none, unless something is said that only beams do.
@@ -262,7 +300,7 @@ fn number(text: &str, range: &Range) -> Result<f32, String> {
     value.ok_or_else(|| format!("it must be {}", range.needed))
 }
 
-fn ids(text: &str) -> Result<Ids, String> {
+pub(super) fn ids(text: &str) -> Result<Ids, String> {
     let ids: Result<_, _> = text.split(',').map(str::parse).collect();
     ids.map(Ids)
         .map_err(|_| "it must be token ids with commas between them".to_owned())

@@ -25,6 +25,24 @@ pub use sampler::Sampler;
 use std::sync::Arc;
 
 /// How the tokens of a request are drawn.
+///
+/// ```
+/// use kiln_runtime::{Prompt, Request, SamplingParams};
+///
+/// let mut request = Request::new(Prompt::Ids(vec![2]));
+/// assert_eq!(request.sampling, SamplingParams::GREEDY);
+/// request.sampling = SamplingParams {
+///     temperature: 0.8,
+///     top_p: 0.95,
+///     seed: Some(7), // the same tokens each time
+///     ..SamplingParams::GREEDY
+/// };
+/// assert!(request.check().is_ok());
+///
+/// request.sampling.top_p = 0.0;
+/// let error = request.check().unwrap_err().to_string();
+/// assert_eq!(error, "top_p is 0; it must be above 0 and at most 1");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 takes the likeliest token (the lowest id among equals).

@@ -1,11 +1,12 @@
 //! `kiln generate` on the demo model: text in, text out, and requests that must be refused.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository};
+use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository, tensors};
 use serde_json::{Value, json};
 use std::{
     fs,
     io::Write,
+    path::Path,
     process::{Output, Stdio},
     sync::OnceLock,
 };
@@ -17,11 +18,21 @@ fn demo() -> &'static TestBundle {
         .get_or_init(|| TestBundle::compile(&repository("models/demo"), &CompileOptions::default()))
 }
 
+/// A model with random weights, which has expectations of every kind.
+fn tiny() -> &'static TestBundle {
+    static BUNDLE: OnceLock<TestBundle> = OnceLock::new();
+    BUNDLE.get_or_init(|| TestBundle::compile(&fixture("tiny-opt"), &CompileOptions::default()))
+}
+
 fn kiln(flags: &[&str]) -> Output {
+    kiln_on(demo(), flags)
+}
+
+fn kiln_on(bundle: &TestBundle, flags: &[&str]) -> Output {
     let mut command = program("kiln");
     command
         .arg("generate")
-        .arg(demo().path())
+        .arg(bundle.path())
         .args(flags)
         .output()
         .unwrap()
@@ -38,6 +49,20 @@ fn text(output: &Output) -> String {
 
 fn json_line(output: &Output) -> Value {
     serde_json::from_str(&text(output)).unwrap()
+}
+
+fn json_lines(output: &Output) -> Vec<Value> {
+    let parse = |line| serde_json::from_str(line).unwrap();
+    text(output).lines().map(parse).collect()
+}
+
+/// Runs requests, a line each.
+fn lines_on(bundle: &TestBundle, name: &str, lines: &[Value], flags: &[&str]) -> Output {
+    let path = bundle.beside(name);
+    let lines: Vec<String> = lines.iter().map(Value::to_string).collect();
+    fs::write(&path, lines.join("\n")).unwrap();
+    let path = path.to_string_lossy().into_owned();
+    kiln_on(bundle, &[&["--input", &path], flags].concat())
 }
 
 #[test]
@@ -176,18 +201,12 @@ fn seeds_repeat_and_differ() {
 
 #[test]
 fn results_come_in_the_order_of_the_requests() {
-    let path = demo().beside("order.jsonl");
     let lines = [
         json!({"prompt": "ROMEO:", "max_new_tokens": 30, "ignore_eos": true}),
         json!({"prompt": "JULIET:", "max_new_tokens": 1}),
         json!({"prompt_ids": [2, 40, 41], "max_new_tokens": 5, "ignore_eos": true}),
     ];
-    fs::write(&path, lines.map(|line| line.to_string()).join("\n")).unwrap();
-    let output = kiln(&["--input", &path.to_string_lossy(), "--json"]);
-    let results: Vec<Value> = text(&output)
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
+    let results = json_lines(&lines_on(demo(), "order.jsonl", &lines, &["--json"]));
     let counts: Vec<&Value> = results
         .iter()
         .map(|result| &result["usage"]["completion_tokens"])
@@ -195,7 +214,6 @@ fn results_come_in_the_order_of_the_requests() {
     assert_eq!(counts, [30, 1, 5]);
 }
 
-/// The flags must be refused with this message and exit code.
 #[test]
 fn penalties_change_what_is_chosen() {
     let ids = |flags: &[&str]| -> Vec<u64> {
@@ -298,6 +316,166 @@ fn the_best_of_several_are_returned() {
     assert!(best[0]["logprobs"].is_null() && best[0]["score"].is_number());
 }
 
+/// The committed search of tiny-opt with four beams, a length penalty of 0.6 and `early_stopping`
+/// "never".
+fn searched() -> Value {
+    let path = fixture("expected/generation/tiny-opt.json");
+    let cases: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let wanted = json!({
+        "prompt_ids": [2], "max_new_tokens": 12, "num_beams": 4, "length_penalty": 0.6,
+        "early_stopping": "never", "ignore_eos": true, "stop_token_ids": [59],
+        "num_return_sequences": 4,
+    });
+    let mut cases = cases["cases"].as_array().unwrap().iter();
+    cases
+        .find(|case| case["request"] == wanted)
+        .unwrap()
+        .clone()
+}
+
+/// The choices are the best `count` of the search, in their order.
+fn check_searched(found: &Value, count: usize) {
+    let expected = searched();
+    let choices = found["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), count);
+    for (choice, (ids, score)) in choices.iter().zip(
+        expected["ids"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip(expected["scores"].as_array().unwrap()),
+    ) {
+        assert_eq!(&choice["ids"], ids);
+        let (found, expected) = (choice["score"].as_f64().unwrap(), score.as_f64().unwrap());
+        assert!((found - expected).abs() < 1e-4 * expected.abs(), "{choice}");
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+    let scores = choices.iter().map(|choice| choice["score"].as_f64());
+    assert!(scores.is_sorted_by(|a, b| a >= b), "{choices:?}");
+}
+
+#[test]
+fn a_search_by_flags_is_that_of_transformers() {
+    let flags = [
+        "--prompt-ids",
+        "2",
+        "--max-new-tokens",
+        "12",
+        "--ignore-eos",
+        "--stop-token-ids",
+        "59",
+        "--num-beams",
+        "4",
+        "--num-return-sequences",
+        "2",
+        "--length-penalty",
+        "0.6",
+        "--early-stopping",
+        "never",
+    ];
+    let found = json_line(&kiln_on(tiny(), &[&flags[..], &["--json"]].concat()));
+    check_searched(&found, 2);
+    let tokens = found["choices"].as_array().unwrap().iter();
+    let tokens: usize = tokens.map(|c| c["ids"].as_array().unwrap().len()).sum();
+    assert_eq!(found["usage"]["completion_tokens"], tokens);
+    // As text, a line each.
+    let lines = text(&kiln_on(tiny(), &flags));
+    let texts = found["choices"].as_array().unwrap().iter();
+    let texts: Vec<&str> = texts.map(|c| c["text"].as_str().unwrap()).collect();
+    assert_eq!(lines, format!("{}\n{}\n", texts[0], texts[1]));
+}
+
+#[test]
+fn searches_samples_and_greedy_lines_run_together() {
+    let search = searched()["request"].clone();
+    let mut two = search.clone();
+    two["num_return_sequences"] = json!(2);
+    let greedy = json!({"prompt_ids": [2, 30, 7], "max_new_tokens": 9, "ignore_eos": true});
+    let samples = json!({"prompt_ids": [2, 30, 7, 11], "max_new_tokens": 9, "temperature": 0.9,
+        "seed": 3, "num_return_sequences": 3, "ignore_eos": true});
+    let groups = json!({"prompt_ids": [2, 5], "max_new_tokens": 6, "num_beams": 4, "ignore_eos": true,
+        "num_beam_groups": 2, "diversity_penalty": 0.5, "num_return_sequences": 4});
+    let lines = [greedy, search, samples, two, groups];
+    let run = |name: &str, lines: &[Value]| json_lines(&lines_on(tiny(), name, lines, &["--json"]));
+    let together = run("mixed.jsonl", &lines);
+    check_searched(&together[1], 4);
+    check_searched(&together[3], 2);
+    assert_eq!(together.len(), lines.len());
+    for (index, line) in lines.iter().enumerate() {
+        let alone = run("alone.jsonl", std::slice::from_ref(line));
+        assert_eq!(alone[0]["choices"], together[index]["choices"], "{line}");
+    }
+}
+
+#[test]
+fn several_samples_are_a_line_each() {
+    let flags = ["JULIET:", "--max-new-tokens", "12", "--seed", "5"];
+    let several = [&flags[..], &["--num-return-sequences", "3", "--echo"]].concat();
+    let found = json_line(&kiln(&[&several[..], &["--json"]].concat()));
+    let texts = found["choices"].as_array().unwrap().iter();
+    let texts: Vec<&str> = texts.map(|c| c["text"].as_str().unwrap()).collect();
+    assert_eq!(texts.len(), 3);
+    assert!(texts.iter().all(|text| text.starts_with("JULIET:")));
+    assert!(texts[0] != texts[1] && texts[1] != texts[2]);
+    assert_eq!(text(&kiln(&several)), format!("{}\n", texts.join("\n")));
+}
+
+#[test]
+fn scores_are_the_logits_that_tokens_are_chosen_by() {
+    let [logits, scores] =
+        ["for-scores.logits", "for-scores.scores"].map(|name| demo().beside(name));
+    let (logits, scores) = (logits.to_string_lossy(), scores.to_string_lossy());
+    let run = |more: &[&str]| {
+        let flags = ["ROMEO:", "--max-new-tokens", "6", "--ignore-eos", "--json"];
+        let files = ["--output-logits", &logits, "--output-scores", &scores];
+        let found = json_line(&kiln(&[&flags[..], &files, more].concat()));
+        let ids: Vec<usize> = serde_json::from_value(found["choices"][0]["ids"].clone()).unwrap();
+        let file = |path: &str, name: &str| tensors(Path::new(path)).remove(name).unwrap();
+        (ids, file(&logits, "logits.0"), file(&scores, "scores.0"))
+    };
+    let (_, logits, scores) = run(&[]);
+    let vocab = logits.shape[1];
+    assert_eq!(scores.shape, [6, vocab]);
+    // The row after the prompt chooses the first token; the row after the last one chooses none.
+    let positions = logits.shape[0];
+    assert_eq!(
+        scores.data,
+        logits.data[(positions - 7) * vocab..][..6 * vocab]
+    );
+
+    let (ids, _, scores) = run(&["--temperature", "0.5", "--top-k", "3", "--seed", "1"]);
+    for (row, id) in scores.data.chunks_exact(vocab).zip(ids) {
+        assert_eq!(row.iter().filter(|score| score.is_finite()).count(), 3);
+        assert!(row[id].is_finite());
+    }
+}
+
+#[test]
+fn hidden_states_of_chosen_layers() {
+    let run = |name: &str, more: &[&str]| {
+        let path = tiny().beside(name);
+        let file = path.to_string_lossy();
+        let flags = [
+            "--prompt-ids",
+            "2,30,7",
+            "--max-new-tokens",
+            "3",
+            "--ignore-eos",
+        ];
+        let output = ["--output-hidden-states", &file];
+        text(&kiln_on(tiny(), &[&flags[..], &output, more].concat()));
+        tensors(&path).remove("hidden.0").unwrap()
+    };
+    let all = run("hidden-all", &[]);
+    let chosen = run("hidden-chosen", &["--hidden-layers", "3,0"]);
+    let (layers, positions, width) = (all.shape[0], all.shape[1], all.shape[2]);
+    assert_eq!((layers, positions), (4, 6));
+    assert_eq!(chosen.shape, [2, positions, width]);
+    let layer = |layer: usize| &all.data[layer * positions * width..][..positions * width];
+    assert_eq!(chosen.data, [layer(3), layer(0)].concat());
+}
+
+/// The flags must be refused with this message and exit code.
 fn refused(flags: &[&str], code: i32, message: &str) {
     let error = failure(&kiln(flags), code);
     assert!(error.contains(message), "found: {error}\nneeded: {message}");
@@ -355,7 +533,57 @@ fn wrong_usage_exits_with_2() {
         2,
         "min_new_tokens is 9; it must be at most max_new_tokens, which is 3",
     );
-    refused(&["x", "--num-beams", "2"], 2, "unexpected argument");
+    refused(
+        &["x", "--num-beams", "4", "--num-beam-groups", "3"],
+        2,
+        "num_beam_groups is 3; it must be a divisor of num_beams, which is 4",
+    );
+    refused(
+        &["x", "--num-beams", "4", "--num-return-sequences", "5"],
+        2,
+        "num_return_sequences is 5; it must be at most num_beams, which is 4",
+    );
+    refused(
+        &["x", "--num-beams", "2", "--stop", "x"],
+        2,
+        "stop is \"x\"; it must be absent with num_beams",
+    );
+    refused(
+        &["x", "--num-beams", "2", "--early-stopping", "sometimes"],
+        2,
+        "invalid value 'sometimes' for '--early-stopping <WHEN>'\n  [possible values: true, false, never]",
+    );
+    refused(&["x", "--num-beams", "129"], 2, "129 is not in 1..=128");
+    refused(&["x", "--hidden-layers", "1"], 2, "--output-hidden-states");
+    refused(
+        &["x", "--num-beams", "2", "--output-scores", "unwritten"],
+        2,
+        "num_beams is 2; it must be 1 where scores are written",
+    );
+}
+
+#[test]
+fn what_the_bundle_has_no_room_for_is_refused() {
+    refused(
+        &["x", "--num-beams", "99"],
+        1,
+        "num_beams is 99; it must be at most 16, the largest batch of this bundle",
+    );
+    let file = demo().beside("unwritten").to_string_lossy().into_owned();
+    let hidden = ["x", "--output-hidden-states", &file, "--hidden-layers"];
+    let layers = demo_layers();
+    refused(
+        &[&hidden[..], &["0,99"]].concat(),
+        1,
+        &format!("hidden_layers is 99; it must be from 0 to {layers}"),
+    );
+    assert!(!Path::new(&file).exists());
+}
+
+fn demo_layers() -> u64 {
+    let config = fs::read_to_string(repository("models/demo/config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    config["num_hidden_layers"].as_u64().unwrap()
 }
 
 #[test]
@@ -369,7 +597,18 @@ fn lines_that_are_no_request_are_named() {
         ("{\"prompt\": \"a\", \"prompt_ids\": [1]}", "line 1"),
         ("{\"prompt\": \"a\", \"temperature\": -1}", "line 1"),
         ("{\"prompt_ids\": [99999]}", "line 1"),
-        ("{\"prompt\": \"a\", \"num_beams\": 2}", "num_beams"),
+        (
+            "{\"prompt\": \"a\", \"num_beams\": 99}",
+            "line 1: num_beams is 99; it must be at most 16",
+        ),
+        (
+            "{\"prompt\": \"a\", \"num_beams\": 2, \"stop\": \"x\"}",
+            "line 1: stop is \"x\"",
+        ),
+        (
+            "{\"prompt\": \"a\", \"early_stopping\": \"sometimes\"}",
+            "line 1: field \"early_stopping\": expected true, false or \"never\"",
+        ),
         ("{\"prompt\": \"a\", \"best_of\": 2}", "best_of is 2"),
         (
             "{\"prompt\": \"a\", \"logit_bias\": {\"99999\": 1}}",
