@@ -593,6 +593,10 @@ fn sequences_keep_what_was_asked_for() {
                 let total: f32 = row.iter().map(|logit| (logit - max).exp()).sum();
                 row.iter_mut().for_each(|logit| *logit -= max + total.ln());
                 process(&mut row, &position, &parameters);
+                if parameters.renormalize_logits {
+                    let total: f32 = row.iter().map(|score| score.exp()).sum();
+                    row.iter_mut().for_each(|score| *score -= total.ln());
+                }
                 sum += row[id as usize];
             }
             let expected = sum / (ids.len() as f32).powf(parameters.length_penalty);
