@@ -941,6 +941,32 @@ mod tests {
     }
 
     #[test]
+    fn samples_without_room_for_a_token_are_refused() {
+        let mut engine = engine(4, 60, 1);
+        let scored = Request {
+            logprobs: Some(0),
+            echo: true,
+            ..Request::new(Prompt::Ids(vec![1; MAX_SEQ_LEN as usize]))
+        };
+        let mut samples = scored.clone();
+        samples.sampling.temperature = 1.0;
+        samples.choices = Choices {
+            returned: 1,
+            generated: 3,
+        };
+        let error = engine.submit(samples.clone()).unwrap_err().to_string();
+        assert!(error.contains("the prompt has 96 tokens"), "{error}");
+        samples.max_new_tokens = Some(0);
+        let error = engine.submit(samples).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "best_of is 3; it must be 1 where max_new_tokens is 0"
+        );
+        engine.submit(scored).unwrap();
+        assert_eq!(run(&mut engine)[0].prompt_logprobs.len(), 95);
+    }
+
+    #[test]
     fn a_row_that_is_no_number_fails_its_request_alone() {
         for depth in [0, 1] {
             let manifest = manifest(20, 4, MAX_SEQ_LEN);

@@ -466,7 +466,8 @@ impl Request {
         let max_new_tokens = self
             .max_new_tokens
             .unwrap_or(DEFAULT_MAX_NEW_TOKENS.min(left));
-        if max_new_tokens == 0 && !self.reads_prompt() {
+        let needs_new_tokens = !self.reads_prompt() || self.choices.generated > 1;
+        if max_new_tokens == 0 && needs_new_tokens {
             return Err(RequestError::PromptTooLong { found, limit });
         }
         if max_new_tokens > left {
