@@ -967,6 +967,19 @@ mod tests {
     }
 
     #[test]
+    fn a_search_without_room_for_a_token_is_refused() {
+        let mut engine = engine(4, 60, 1);
+        let request = Request {
+            beams: Some(BeamParams::new(2)),
+            logprobs: Some(0),
+            echo: true,
+            ..Request::new(Prompt::Ids(vec![1; MAX_SEQ_LEN as usize]))
+        };
+        let error = engine.submit(request).unwrap_err().to_string();
+        assert!(error.contains("the prompt has 96 tokens"), "{error}");
+    }
+
+    #[test]
     fn a_row_that_is_no_number_fails_its_request_alone() {
         for depth in [0, 1] {
             let manifest = manifest(20, 4, MAX_SEQ_LEN);

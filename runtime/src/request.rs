@@ -466,7 +466,8 @@ impl Request {
         let max_new_tokens = self
             .max_new_tokens
             .unwrap_or(DEFAULT_MAX_NEW_TOKENS.min(left));
-        let needs_new_tokens = !self.reads_prompt() || self.choices.generated > 1;
+        let needs_new_tokens =
+            !self.reads_prompt() || self.choices.generated > 1 || self.beams.is_some();
         if max_new_tokens == 0 && needs_new_tokens {
             return Err(RequestError::PromptTooLong { found, limit });
         }
