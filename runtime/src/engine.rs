@@ -1258,6 +1258,21 @@ mod tests {
     }
 
     #[test]
+    fn of_cancelled_samples_those_with_tokens_are_returned() {
+        let mut engine = engine(8, 400, 0);
+        let mut request = mixed().pop().unwrap();
+        request.choices.returned = 1;
+        let id = engine.submit(request).unwrap();
+        // The prompt's two chunks: the first sample has a token, the others have yet to begin.
+        for _ in 0..2 {
+            engine.step().unwrap();
+        }
+        let found = engine.cancel(id).unwrap();
+        assert_eq!(only(&found).ids.len(), 1);
+        assert_eq!(only(&found).finish_reason, FinishReason::Cancelled);
+    }
+
+    #[test]
     fn beams_that_do_not_fit_are_refused() {
         let mut engine = engine(4, 10, 0);
         let mut fails = |beams, len, expect: &str| {
