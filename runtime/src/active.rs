@@ -123,9 +123,12 @@ impl Sample {
         sum as f32 + 0.0
     }
 
-    /// What several are ranked by.
+    /// What several are ranked by. One without a token, as a cancelled request may have, comes last.
     fn mean_logprob(&self) -> f32 {
-        self.logprob() / self.ids.len().max(1) as f32
+        match self.ids.len() {
+            0 => f32::NEG_INFINITY,
+            tokens => self.logprob() / tokens as f32,
+        }
     }
 }
 

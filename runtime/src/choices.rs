@@ -73,6 +73,9 @@ impl Choices {
                 let needed = "1 where nothing is sampled; give a temperature above 0, or num_beams";
                 return Err(parameter(name, count, needed));
             }
+            if count > 1 && request.max_new_tokens == Some(0) {
+                return Err(parameter(name, count, "1 where max_new_tokens is 0"));
+            }
         }
         Ok(())
     }
@@ -137,6 +140,15 @@ mod tests {
             2,
             &request(0.0),
             "best_of is 2; it must be 1 where nothing is sampled",
+        );
+        fails(
+            2,
+            2,
+            &Request {
+                max_new_tokens: Some(0),
+                ..request(1.0)
+            },
+            "num_return_sequences is 2; it must be 1 where max_new_tokens is 0",
         );
         let beams = Request {
             beams: Some(BeamParams::new(3)),

@@ -941,6 +941,45 @@ mod tests {
     }
 
     #[test]
+    fn samples_without_room_for_a_token_are_refused() {
+        let mut engine = engine(4, 60, 1);
+        let scored = Request {
+            logprobs: Some(0),
+            echo: true,
+            ..Request::new(Prompt::Ids(vec![1; MAX_SEQ_LEN as usize]))
+        };
+        let mut samples = scored.clone();
+        samples.sampling.temperature = 1.0;
+        samples.choices = Choices {
+            returned: 1,
+            generated: 3,
+        };
+        let error = engine.submit(samples.clone()).unwrap_err().to_string();
+        assert!(error.contains("the prompt has 96 tokens"), "{error}");
+        samples.max_new_tokens = Some(0);
+        let error = engine.submit(samples).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "best_of is 3; it must be 1 where max_new_tokens is 0"
+        );
+        engine.submit(scored).unwrap();
+        assert_eq!(run(&mut engine)[0].prompt_logprobs.len(), 95);
+    }
+
+    #[test]
+    fn a_search_without_room_for_a_token_is_refused() {
+        let mut engine = engine(4, 60, 1);
+        let request = Request {
+            beams: Some(BeamParams::new(2)),
+            logprobs: Some(0),
+            echo: true,
+            ..Request::new(Prompt::Ids(vec![1; MAX_SEQ_LEN as usize]))
+        };
+        let error = engine.submit(request).unwrap_err().to_string();
+        assert!(error.contains("the prompt has 96 tokens"), "{error}");
+    }
+
+    #[test]
     fn a_row_that_is_no_number_fails_its_request_alone() {
         for depth in [0, 1] {
             let manifest = manifest(20, 4, MAX_SEQ_LEN);
@@ -1216,6 +1255,21 @@ mod tests {
         assert_eq!(found.choices.len(), 2);
         assert!(engine.is_idle());
         assert_eq!(engine.scheduler.free(), (400, 8));
+    }
+
+    #[test]
+    fn of_cancelled_samples_those_with_tokens_are_returned() {
+        let mut engine = engine(8, 400, 0);
+        let mut request = mixed().pop().unwrap();
+        request.choices.returned = 1;
+        let id = engine.submit(request).unwrap();
+        // The prompt's two chunks: the first sample has a token, the others have yet to begin.
+        for _ in 0..2 {
+            engine.step().unwrap();
+        }
+        let found = engine.cancel(id).unwrap();
+        assert_eq!(only(&found).ids.len(), 1);
+        assert_eq!(only(&found).finish_reason, FinishReason::Cancelled);
     }
 
     #[test]

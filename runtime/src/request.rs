@@ -430,9 +430,14 @@ impl Request {
         if let Some(BeamParams { num_beams, .. }) = self.beams {
             return Err(parameter("num_beams", num_beams, needed));
         }
-        match self.choices.generated {
-            1 => Ok(()),
-            several => Err(parameter("num_return_sequences", several, needed)),
+        let Choices {
+            returned,
+            generated,
+        } = self.choices;
+        match (returned, generated) {
+            (1, 1) => Ok(()),
+            (1, several) => Err(parameter("best_of", several, needed)),
+            (several, _) => Err(parameter("num_return_sequences", several, needed)),
         }
     }
 
@@ -466,7 +471,9 @@ impl Request {
         let max_new_tokens = self
             .max_new_tokens
             .unwrap_or(DEFAULT_MAX_NEW_TOKENS.min(left));
-        if max_new_tokens == 0 && !self.reads_prompt() {
+        let needs_new_tokens =
+            !self.reads_prompt() || self.choices.generated > 1 || self.beams.is_some();
+        if max_new_tokens == 0 && needs_new_tokens {
             return Err(RequestError::PromptTooLong { found, limit });
         }
         if max_new_tokens > left {
@@ -679,6 +686,28 @@ mod tests {
 
     fn ids(ids: &[u32]) -> Request {
         Request::new(Prompt::Ids(ids.to_vec()))
+    }
+
+    #[test]
+    fn outputs_are_of_one_result() {
+        let request = |returned, generated| {
+            let mut request = ids(&[1]);
+            request.outputs.logits = true;
+            request.sampling.temperature = 1.0;
+            request.choices = Choices {
+                returned,
+                generated,
+            };
+            request
+        };
+        check(
+            request(1, 3),
+            "best_of is 3; it must be 1 where logits are written",
+        );
+        check(
+            request(2, 3),
+            "num_return_sequences is 2; it must be 1 where logits are written",
+        );
     }
 
     #[test]
