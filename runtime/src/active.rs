@@ -265,15 +265,16 @@ impl Active {
         self.rows.positions += fresh.len();
     }
 
-    /// Notes the log-probabilities of the prompt's tokens in a step.
-    pub(crate) fn score_prompt(&mut self, planned: &Planned, rows: &StepRows<'_>) {
+    /// Notes the log-probabilities of the prompt's tokens in a step. Returns whether all are numbers.
+    pub(crate) fn score_prompt(&mut self, planned: &Planned, rows: &StepRows<'_>) -> bool {
         let Some(top) = self
             .request
             .logprobs
             .filter(|_| self.request.scores_prompt())
         else {
-            return;
+            return true;
         };
+        let mut is_finite = true;
         // The row after position p is that of the token at p + 1. A preempted sequence is fed again:
         // each position counts once.
         let start = planned.start + planned.len - rows.logit_rows.len();
@@ -283,9 +284,11 @@ impl Active {
                 && let (Some(&id), Some(row)) = (next, rows.logits(row))
             {
                 let token = TokenLogprob::new(row, id, top as usize);
+                is_finite &= token.logprob.is_finite();
                 self.prompt_logprobs.push(token);
             }
         }
+        is_finite
     }
 
     /// Notes what a token is chosen by: a row of scores (V).

@@ -3,7 +3,9 @@
 //! The rules are those of `_beam_search` in transformers 5 (`generation/utils.py`), for one prompt.
 //! With several groups of beams they are those of `_group_beam_search` in releases 4, the last to have
 //! it (Vijayakumar et al., "Diverse Beam Search", 2016), which judge the end of a search a little
-//! differently: by the best continuation, though it may be an end itself, and group by group.
+//! differently: by the best continuation, though it may be an end itself, and group by group. (There, a
+//! group that is done goes on taking the padding token, which costs later groups that token; here it
+//! takes none.)
 //!
 //! Nothing here knows of a device: a step gets each beam's best continuations, and says which beams
 //! come next.

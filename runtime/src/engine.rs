@@ -80,10 +80,11 @@ pub enum EngineError {
         /// Positions of a full sequence.
         max_seq_len: u32,
     },
-    /// The model computes nonsense: damaged weights, or values too large for their type.
+    /// The model computes nonsense: damaged weights, or values too large for their type. Or the request
+    /// leaves no token to choose.
     #[error(
-        "the logits after position {position} hold a value that is no finite number: the weights \
-         are damaged or overflow"
+        "no token can be chosen after position {position}: the logits hold a value that is no finite \
+         number, since the weights are damaged or overflow, or the request suppresses every token"
     )]
     NotFinite {
         /// Position of the last token fed.
@@ -388,8 +389,9 @@ impl Engine {
                 continue;
             };
             active.observe(first, &part.rows, layers);
-            active.score_prompt(first, &part.rows);
+            let is_finite = active.score_prompt(first, &part.rows);
             match first.picks {
+                _ if !is_finite => self.fail(first.request(), part.position, events),
                 None => {}
                 Some(Pick::Token) => self.take_token(first.id, part, events)?,
                 Some(_) => self.take_beams(first.id, &parts, events),
@@ -1289,5 +1291,110 @@ mod tests {
         );
         // Three blocks are shared, and four beams take two or three more each.
         fails(4, 60, "80 positions take 11 blocks");
+    }
+
+    /// A small generator: xorshift, so that a seed names a run.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, n: u32) -> u32 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            ((self.0 >> 11) % u64::from(n)) as u32
+        }
+
+        fn flip(&mut self) -> bool {
+            self.below(2) == 0
+        }
+
+        /// A request of any kind, whose prompt begins like one of `texts`.
+        fn request(&mut self, texts: &[Vec<u32>], max_batch: u32) -> Request {
+            let text = &texts[self.below(texts.len() as u32) as usize];
+            let kept = 1 + self.below(text.len().min(66) as u32) as usize;
+            let mut ids = text[..kept].to_vec();
+            ids.extend((0..self.below(4)).map(|_| self.below(VOCAB)));
+            let mut request = Request::new(Prompt::Ids(ids));
+            request.max_new_tokens = Some(1 + self.below(14));
+            request.ignore_eos = self.flip();
+            request.logprobs = self.flip().then_some(1);
+            request.echo = self.flip();
+            match self.below(5) {
+                0 => {
+                    let mut beams = BeamParams::new(2 + self.below(max_batch - 1));
+                    if beams.num_beams == 4 && self.flip() {
+                        beams.num_beam_groups = 2;
+                        beams.diversity_penalty = 0.5;
+                    } else if self.flip() {
+                        request.sampling.temperature = 1.0;
+                        request.sampling.seed = Some(u64::from(self.below(100)));
+                    }
+                    request.beams = Some(beams);
+                    request.choices.returned = 2;
+                    request.choices.generated = 2;
+                }
+                1 => {
+                    request.sampling.temperature = 1.0;
+                    request.sampling.seed = Some(u64::from(self.below(100)));
+                    request.choices.generated = 2 + self.below(4);
+                    request.choices.returned = 1 + self.below(request.choices.generated);
+                }
+                2 => {
+                    request.outputs.logits = self.flip();
+                    request.outputs.scores = self.flip();
+                    request.outputs.hidden_states = Layers::All;
+                }
+                3 => request.processors.repetition_penalty = 1.2,
+                _ => request.stop_token_ids = (0..60 * self.below(2)).collect(),
+            }
+            request
+        }
+    }
+
+    /// Any requests that begin alike, come at any time and are cancelled at any time, over few blocks.
+    #[test]
+    fn whatever_runs_together_gives_what_it_gives_alone() {
+        for seed in 1..=60u64 {
+            let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+            let max_batch = [2, 4, 6, 8][random.below(4) as usize];
+            let kv_blocks = [14, 16, 18, 24, 40][random.below(5) as usize];
+            let mut engine = engine(max_batch, kv_blocks, random.below(3) as usize);
+            let mut texts = vec![(0..70).collect(), (0..70).map(|t| t * 3 % 50).collect()];
+            let (mut asked, mut done) = (HashMap::new(), Vec::new());
+            for _ in 0..20 {
+                let request = random.request(&texts, max_batch);
+                let Ok(id) = engine.submit(request.clone()) else {
+                    continue;
+                };
+                asked.insert(id, request);
+                for _ in 0..random.below(12) {
+                    for event in engine.step().unwrap() {
+                        match event {
+                            Event::Finished(completion) => done.push(*completion),
+                            Event::Failed { error, .. } => panic!("{error}"),
+                            Event::Token(_) => {}
+                        }
+                    }
+                }
+                texts.extend(done.last().map(|completion: &Completion| {
+                    [completion.prompt_ids.as_slice(), &completion.choices[0].ids].concat()
+                }));
+                let other = RequestId(u64::from(random.below(20)));
+                if random.below(6) == 0 && engine.cancel(other).is_some() {
+                    asked.remove(&other);
+                }
+            }
+            done.extend(run(&mut engine));
+            assert_eq!(done.len(), asked.len());
+            for completion in &done {
+                let alone = alone(&asked[&completion.request]);
+                assert_eq!(completion.choices, alone.choices, "seed {seed}");
+                assert_eq!(
+                    completion.prompt_logprobs, alone.prompt_logprobs,
+                    "seed {seed}"
+                );
+            }
+            assert_eq!(engine.scheduler.free(), (kv_blocks, max_batch as usize));
+        }
     }
 }

@@ -4,7 +4,9 @@ use crate::beams::BeamParams;
 use crate::choices::Choices;
 use crate::device::Observe;
 use crate::kv::blocks_for;
-use crate::sampling::ranges::{CUTOFF, FACTOR, FINITE, MIN_P, NOT_NEGATIVE, PENALTY, Range, TOP_P};
+use crate::sampling::ranges::{
+    CUTOFF, EXPONENT, FACTOR, FINITE, MIN_P, NOT_NEGATIVE, PENALTY, Range, TOP_P,
+};
 use crate::sampling::{MAX_LOGPROBS, Processors, SamplingParams, SequenceBias};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use kiln_bundle::{BLOCK_TOKENS, ModelInfo};
@@ -383,7 +385,7 @@ impl Request {
             let needed = format!("from 2 to {MAX_BEAMS}, or absent");
             return Err(parameter("num_beams", num_beams, needed));
         }
-        in_range("length_penalty", length_penalty, &FINITE)?;
+        in_range("length_penalty", length_penalty, &EXPONENT)?;
         in_range("diversity_penalty", diversity_penalty, &NOT_NEGATIVE)?;
         if num_beam_groups == 0 || num_beams % num_beam_groups != 0 {
             let needed = format!("a divisor of num_beams, which is {num_beams}");

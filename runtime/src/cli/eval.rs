@@ -175,26 +175,32 @@ fn total_nats(
     let style = ProgressStyle::with_template("scoring {bar:40} {pos}/{len} windows {eta}")?;
     let bar = ProgressBar::new(windows.len() as u64).with_style(style);
     let mut asked: HashMap<RequestId, &Window> = HashMap::new();
-    for window in windows {
-        let prompt = bos.iter().chain(&ids[window.tokens.clone()]).copied();
-        let mut request = Request::new(Prompt::Ids(prompt.collect()));
-        request.max_new_tokens = Some(0);
-        request.logprobs = Some(0);
-        request.echo = true;
-        asked.insert(engine.submit(request)?, window);
-    }
+    let mut windows = windows.iter();
     let mut nats = 0.0;
-    while !engine.is_idle() {
+    loop {
+        // Enough to keep the device busy; a text may have very many.
+        while asked.len() < 2 * engine.facts().slots as usize
+            && let Some(window) = windows.next()
+        {
+            let prompt = bos.iter().chain(&ids[window.tokens.clone()]).copied();
+            let mut request = Request::new(Prompt::Ids(prompt.collect()));
+            request.max_new_tokens = Some(0);
+            request.logprobs = Some(0);
+            request.echo = true;
+            asked.insert(engine.submit(request)?, window);
+        }
+        if engine.is_idle() {
+            break;
+        }
         for event in engine.step()? {
             match event {
                 Event::Finished(completion) => {
                     let window = asked
                         .remove(&completion.request)
                         .context("a result that nothing asked for")?;
-                    // The first of a prompt has no log-probability.
-                    let before = window.first_scored - window.tokens.start;
                     // The first token of a prompt has none.
-                    let before = before + usize::from(bos.is_some()) - 1;
+                    let context = window.first_scored - window.tokens.start;
+                    let before = context + usize::from(bos.is_some()) - 1;
                     let scored = completion.prompt_logprobs.iter().skip(before);
                     nats -= scored.map(|token| f64::from(token.logprob)).sum::<f64>();
                     bar.inc(1);

@@ -147,7 +147,8 @@ fn read(lines: &mut Lines) -> anyhow::Result<Option<String>> {
     let mut prompt = "> ";
     loop {
         match lines.next(prompt)? {
-            Read::End => return Ok(None),
+            // What an unfinished text has so far counts.
+            Read::End => return Ok((!text.is_empty()).then_some(text)),
             Read::Cleared => {
                 text.clear();
                 prompt = "> ";

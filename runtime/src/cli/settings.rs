@@ -122,7 +122,7 @@ pub(super) struct Settings {
     pub(super) num_beams: Option<u32>,
     /// With beams: divides a sequence's score by this power of its length; above 0 favours long ones
     /// [default: 1]
-    #[arg(long, value_name = "P", value_parser = |t: &str| number(t, &ranges::FINITE),
+    #[arg(long, value_name = "P", value_parser = |t: &str| number(t, &ranges::EXPONENT),
           allow_negative_numbers = true)]
     pub(super) length_penalty: Option<f32>,
     /// With beams: ends the search with as many finished sequences as beams (true), when the best

@@ -71,7 +71,7 @@ impl Sampler {
         self.scores
             .extend(logits.iter().map(|&logit| logprob(logit)));
         processors::process(&mut self.scores, draw, taken, &mut self.counts);
-        let mut best = Best::new(beam.count as usize);
+        let mut best = Best::new((beam.count as usize).min(logits.len()));
         let renormalises = draw.rules.is_some_and(|r| r.processors.renormalize_logits);
         if draw.params.temperature == 0.0 {
             if renormalises {

@@ -53,8 +53,13 @@ pub const PENALTY: Range = Range {
     holds: |value| (-2.0..=2.0).contains(&value),
 };
 
-/// [`super::SequenceBias::bias`], and
-/// [`BeamParams::length_penalty`](crate::BeamParams::length_penalty).
+/// [`BeamParams::length_penalty`](crate::BeamParams::length_penalty): no power of a length overflows.
+pub const EXPONENT: Range = Range {
+    needed: "from -8 to 8",
+    holds: |value| (-8.0..=8.0).contains(&value),
+};
+
+/// [`super::SequenceBias::bias`].
 pub const FINITE: Range = Range {
     needed: "a finite number",
     holds: f32::is_finite,
