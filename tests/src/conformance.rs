@@ -2,7 +2,7 @@
 //!
 //! [`accuracy`] gives a device and the CPU the same steps and compares logits, hidden states and chosen
 //! tokens: every head size, ragged prompts of odd lengths, chunks with a past, batches of 1 to 9, KV
-//! lengths up to beyond one bucket, block tables out of order. [`crowd`] does so with as many sequences
+//! lengths up to beyond one bucket, block tables out of order, blocks that are copied. [`crowd`] does so with as many sequences
 //! as a step takes. [`invariance`] asks a device alone for the same rows in different
 //! company and compares bytes.
 
@@ -10,7 +10,7 @@ use kiln_bundle::{Bundle, DType, Phase};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile};
 use kiln_models::{ModelConfig, builtin};
 use kiln_runtime::{
-    Draw, DrawParams, Sampler, blocks_for,
+    BlockCopy, Draw, DrawParams, Sampler, blocks_for,
     device::{Device, DeviceError, LogitRows, Observe, SequenceStep, Step, StepOutput, Tokens},
 };
 use std::path::Path;
@@ -132,12 +132,53 @@ struct Sequence {
     block_table: Vec<u32>,
 }
 
+impl Sequence {
+    /// Gives it other blocks in the place of those of its past: the first two change places through a
+    /// new one, all others are copied to new ones.
+    fn moved(&mut self, mut new: impl FnMut() -> u32) -> Vec<BlockCopy> {
+        let past = blocks_for(self.past);
+        let copy = |from, to| BlockCopy { from, to };
+        match &mut self.block_table[..past] {
+            [first, second, others @ ..] => {
+                let between = new();
+                let mut copies = vec![
+                    copy(*first, between),
+                    copy(*second, *first),
+                    copy(between, *second),
+                ];
+                std::mem::swap(first, second);
+                for block in others {
+                    let to = new();
+                    copies.push(copy(std::mem::replace(block, to), to));
+                }
+                copies
+            }
+            few => {
+                let copies = few.iter_mut().map(|block| {
+                    let to = new();
+                    copy(std::mem::replace(block, to), to)
+                });
+                copies.collect()
+            }
+        }
+    }
+}
+
+/// Blocks in an order that jumps about: 7 has no factor in common with most sizes, and where it has,
+/// the walk still never takes a block twice within a table's length.
+fn block(index: u32, kv_blocks: u32) -> u32 {
+    let stride = if kv_blocks.is_multiple_of(7) { 11 } else { 7 };
+    index * stride % kv_blocks
+}
+
 /// What a sequence does in a step.
 struct Part {
     sequence: usize,
     tokens: usize,
     rows: LogitRows,
     draw: Option<(DrawParams, Vec<u32>)>,
+    /// Whether its past is copied to other blocks first.
+    moves: bool,
 }
 
 /// Sequences, and the blocks that are left for more.
@@ -164,16 +205,9 @@ impl World {
     fn add(&mut self, len: usize, like: u32) -> usize {
         let slot = self.sequences.len() as u32 % self.slots;
         let ids = (0..len as u32).map(|i| (i * i * 31 + i * 7 + like * 53 + 5) % self.vocab_size);
-        // Blocks in an order that jumps about: 7 has no factor in common with most sizes, and where
-        // it has, the walk still never takes a block twice within a table's length.
-        let stride = if self.kv_blocks.is_multiple_of(7) {
-            11
-        } else {
-            7
-        };
         let blocks = blocks_for(len) as u32;
         let block_table = (self.taken..self.taken + blocks)
-            .map(|block| block * stride % self.kv_blocks)
+            .map(|index| block(index, self.kv_blocks))
             .collect();
         self.taken += blocks;
         self.sequences.push(Sequence {
@@ -189,8 +223,15 @@ impl World {
     fn step(&mut self, device: &dyn Device, phase: Phase, parts: &[Part]) -> Step {
         let mut step = Step::default();
         for part in parts {
+            let (kv_blocks, taken) = (self.kv_blocks, &mut self.taken);
             let sequence = &mut self.sequences[part.sequence];
             let end = sequence.past + part.tokens;
+            if part.moves {
+                step.copies.extend(sequence.moved(|| {
+                    *taken += 1;
+                    block(*taken - 1, kv_blocks)
+                }));
+            }
             step.push(&SequenceStep {
                 slot: sequence.slot,
                 tokens: Tokens::Ids(&sequence.ids[sequence.past..end]),
@@ -234,6 +275,7 @@ fn part(sequence: usize, tokens: usize, rows: LogitRows) -> Part {
         tokens,
         rows,
         draw: None,
+        moves: false,
     }
 }
 
@@ -357,6 +399,7 @@ pub fn accuracy(
     for batch in 1..=order.len() {
         let parts = order[..batch].iter().enumerate().map(|(at, &s)| Part {
             draw: Some(draws[(batch + at) % draws.len()].clone()),
+            moves: (batch + at) % 3 == 0,
             ..part(sequences[s], 1, LogitRows::Last)
         });
         script.push((format!("decode of {batch}"), Phase::Decode, parts.collect()));
@@ -530,5 +573,21 @@ pub fn invariance(device: &mut dyn Device, bundle: &Bundle) -> Result<Vec<Outcom
         "five tokens: decoded and prefilled",
         [&decoded, &chunk.logits],
     );
+
+    // The next one decoded where it is, and after its past has been copied.
+    let stays = part(whole, 1, LogitRows::Last);
+    let moves = Part {
+        moves: true,
+        ..part(pieces, 1, LogitRows::Last)
+    };
+    let rows: Result<Vec<Vec<f32>>, DeviceError> = [stays, moves]
+        .into_iter()
+        .map(|part| {
+            let step = world.step(device, Phase::Decode, &[part]);
+            Ok(run(device, &step)?.logits)
+        })
+        .collect();
+    let rows = rows?;
+    same("a past: where it is and copied", [&rows[0], &rows[1]]);
     Ok(outcomes)
 }

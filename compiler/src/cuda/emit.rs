@@ -361,6 +361,17 @@ pub(super) struct SampleText<'a> {
     pub blocks: u32,
 }
 
+/// Copies of blocks of the KV cache.
+#[derive(Template)]
+#[template(path = "copy_blocks.cu")]
+pub(super) struct CopyBlocksText<'a> {
+    pub entry: &'a str,
+    pub vectors: u64,
+    pub depth: u64,
+    /// Most copies of a launch.
+    pub copies: usize,
+}
+
 /// A finite number as CUDA spells it, without its suffix.
 pub(super) fn number(value: f32) -> String {
     format!("{value:?}")

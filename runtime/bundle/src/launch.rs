@@ -35,6 +35,25 @@ pub struct Launch {
     pub arguments: Vec<Argument>,
 }
 
+/// How a target copies blocks of the KV cache. The number of copies differs from step to step, so they
+/// are no part of an executable's launches: they are made before those.
+///
+/// The image's parameters are a [`BlockCopies`], by value, and the address of block 0 of the cache.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyLaunch {
+    /// Index into the target's images.
+    pub image: u32,
+    /// Blocks along x, which share a copy. Along y there is one for each copy.
+    pub grid_x: u32,
+}
+
+/// Most copies of a launch.
+pub const COPIES_PER_LAUNCH: usize = 64;
+
+/// The copies of a launch, made at once: blocks to read and to write. Those beyond the launch's grid
+/// mean nothing.
+pub type BlockCopies = [[u32; 2]; COPIES_PER_LAUNCH];
+
 /// What a parameter of an entry point is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,11 +1,11 @@
 //! `bundle.json`: what a bundle holds. Plain data; [`crate::verify`] says when it is sound.
 
-use crate::{BufferId, DType, Image, KernelSpec, Launch, Norm, packing::Layout};
+use crate::{BufferId, CopyLaunch, DType, Image, KernelSpec, Launch, Norm, packing::Layout};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
@@ -93,6 +93,9 @@ pub struct Target {
     /// The kernels of a CUDA target.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub images: Vec<Image>,
+    /// How a CUDA target copies blocks of its KV cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_blocks: Option<CopyLaunch>,
 }
 
 /// What a row of a buffer stands for: its row count in a step.

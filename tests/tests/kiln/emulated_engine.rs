@@ -1,9 +1,9 @@
 //! Whole requests on emulated CUDA: the tokens are those of the CPU, and those of a request alone.
 
-use kiln_bundle::{Bundle, DType};
+use kiln_bundle::{Bundle, DType, kv_layer_bytes};
 use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
 use kiln_runtime::{
-    Completion, Engine, Event, Prompt, Request, SamplingParams,
+    BeamParams, Choices, Completion, Engine, Event, Prompt, Request, SamplingParams,
     device::{CpuDevice, CpuOptions, CudaDevice, CudaOptions, Device},
 };
 use kiln_tests::{
@@ -17,12 +17,16 @@ use std::path::Path;
 const NEW_TOKENS: u32 = 32;
 
 fn compiled(model: &Path) -> TestBundle {
+    compiled_for(model, 4)
+}
+
+fn compiled_for(model: &Path, max_batch: u32) -> TestBundle {
     let options = CompileOptions {
         targets: vec![TargetChoice::Cpu, TargetChoice::Cuda(CudaTarget::Sm90a)],
         emit_only: true,
         dtype: Some(DType::F16),
         weights: Some(DType::F16),
-        max_batch: 4,
+        max_batch,
         max_seq_len: Some(64),
         prefill_buckets: vec![32],
         decode_batch: vec![1],
@@ -42,12 +46,18 @@ fn cpu(bundle: &Bundle) -> Engine {
 }
 
 fn emulated(bundle: &Bundle, graphs: bool) -> Engine {
+    emulated_with(
+        bundle,
+        CudaOptions {
+            graphs,
+            ..CudaOptions::default()
+        },
+    )
+}
+
+fn emulated_with(bundle: &Bundle, options: CudaOptions) -> Engine {
     let driver = EmulatedDriver::new(EmulationOptions::default());
     let target = &bundle.manifest().targets[1];
-    let options = CudaOptions {
-        graphs,
-        ..CudaOptions::default()
-    };
     let device = CudaDevice::load(bundle, target, driver, &options, &mut |_, _| {}).unwrap();
     // A step is submitted before the tokens of the last one are known.
     assert_eq!(device.pipeline_depth(), 1);
@@ -217,4 +227,105 @@ fn a_request_gets_the_same_tokens_in_any_batch() {
     // The parameters make a difference.
     assert_ne!(together[0].choices[0].ids, together[3].choices[0].ids);
     assert_ne!(together[2].choices[0].ids, together[5].choices[0].ids);
+}
+
+const SAMPLED: SamplingParams = SamplingParams {
+    temperature: 0.8,
+    seed: Some(3),
+    ..SamplingParams::GREEDY
+};
+
+/// Beams of several kinds, samples of one prompt, and a greedy request.
+fn searches(vocab_size: u32) -> Vec<Request> {
+    let prompts = prompts(vocab_size);
+    let request = |prompt: usize| Request {
+        max_new_tokens: Some(20),
+        ..greedy(&prompts[prompt])
+    };
+    let beams = |prompt: usize, num_beams: u32, returned: u32| Request {
+        beams: Some(BeamParams::new(num_beams)),
+        choices: Choices {
+            returned,
+            generated: returned,
+        },
+        ..request(prompt)
+    };
+    let samples = Choices {
+        returned: 4,
+        generated: 4,
+    };
+    vec![
+        beams(0, 2, 1),
+        beams(2, 4, 4),
+        request(1),
+        Request {
+            sampling: SAMPLED,
+            choices: samples,
+            ..request(2)
+        },
+        Request {
+            sampling: SamplingParams {
+                top_k: 30,
+                ..SAMPLED
+            },
+            ..beams(1, 3, 2)
+        },
+        Request {
+            beams: Some(BeamParams {
+                num_beam_groups: 2,
+                diversity_penalty: 0.7,
+                ..BeamParams::new(4)
+            }),
+            ..request(0)
+        },
+    ]
+}
+
+/// Whether two devices gave the same tokens, and scores that differ by no more than they may.
+fn check_searches(found: &[Completion], expected: &[Completion]) {
+    assert_eq!(found.len(), expected.len());
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let ids = |completion: &Completion| -> Vec<Vec<u32>> {
+            let choices = completion.choices.iter();
+            choices.map(|choice| choice.ids.clone()).collect()
+        };
+        assert_eq!(ids(found), ids(expected), "request {index}");
+        for (found, expected) in found.choices.iter().zip(&expected.choices) {
+            let (Some(found), Some(expected)) = (found.score, expected.score) else {
+                assert_eq!(found.score, expected.score, "request {index}");
+                continue;
+            };
+            let difference = (found - expected).abs();
+            assert!(
+                difference <= tolerance(DType::F16) * expected.abs(),
+                "request {index}: {found}, and {expected} on the CPU"
+            );
+        }
+    }
+}
+
+#[test]
+fn searches_find_what_the_cpu_finds() {
+    let compiled = compiled_for(&repository("models/demo"), 12);
+    let bundle = Bundle::open(&compiled.path()).unwrap();
+    let model = &bundle.manifest().model;
+    let requests = searches(model.vocab_size);
+    let expected = run(&mut cpu(&bundle), &requests);
+    for (completion, request) in expected.iter().zip(&requests) {
+        assert_eq!(completion.choices.len(), request.choices.returned as usize);
+    }
+    let mut engine = emulated(&bundle, true);
+    check_searches(&run(&mut engine, &requests), &expected);
+    let fed = engine.stats().prefill.tokens;
+
+    // Room for the largest search, and not for the others beside it.
+    let block_bytes = u64::from(model.layers) * kv_layer_bytes(u64::from(model.hidden_size), 2);
+    let options = CudaOptions {
+        kv_cache_bytes: Some(13 * block_bytes),
+        ..CudaOptions::default()
+    };
+    let mut engine = emulated_with(&bundle, options);
+    check_searches(&run(&mut engine, &requests), &expected);
+    let again = engine.stats().prefill.tokens;
+    assert!(again > fed, "nothing was computed again: {again} tokens");
 }

@@ -351,6 +351,8 @@ mistakes! {
         "__syncthreads();\n    best = scratch.best[0];" => "\n    best = scratch.best[0];", BYTES;
     sums_written_over_while_they_are_read: "sample_301_of_38.cu/sampling.cuh",
         "__syncthreads();\n    if (lane_index() == 31)" => "\n    if (lane_index() == 31)", BYTES;
+    copies_of_other_blocks: "copy_blocks_384.cu",
+        "+ copy.y * static_cast<uint64_t>(VECTORS)" => "+ copy.y", "deviate";
     a_kernel_that_overtakes_the_previous: "embed_tokens_positions_48_f16.cu",
         "wait_for_previous();" => "", "no thread has called wait_for_previous()";
 }
@@ -396,6 +398,8 @@ sanitized_mistakes! {
         "const uint32_t rows = load_fresh(&step.counts->tokens);\n\n    wait_for_previous();" =>
         "auto rows = load_fresh(&step.counts->tokens);\n    if (!warp) wait_for_previous();",
         "use-after-poison";
+    copies_behind_a_block: "copy_blocks_384.cu",
+        "if (i < VECTORS) v[d]" => "v[d]", "use-after-poison";
     attention_of_no_row: "attention_prefill_h3_d16_f16.cu",
         "if (row >= end) continue;" => "", "use-after-poison";
 }

@@ -1,7 +1,7 @@
 //! What launch records name, as addresses.
 
 use super::step_lists::{StepLayout, pointer_bytes};
-use super::{BoundLaunch, CudaPlan, DeviceAddress, Driver, KernelHandle, KernelImage};
+use super::{BoundLaunch, Copier, CudaPlan, DeviceAddress, Driver, KernelHandle, KernelImage};
 use crate::device::DeviceError;
 use kiln_bundle::{Argument, Bundle, Executable, StepPointers, WeightFile, kv_layer_bytes};
 use std::collections::HashMap;
@@ -94,8 +94,10 @@ pub(super) fn load_kernels(
     let target = plan.target;
     let mut kernels = vec![None; target.images.len()];
     let launches = target.executables.iter().flat_map(|e| &e.launches);
-    for launch in launches {
-        let index = launch.image as usize;
+    let images = launches.map(|launch| launch.image);
+    let copies = target.copy_blocks.iter().map(|launch| launch.image);
+    for index in images.chain(copies) {
+        let index = index as usize;
         if kernels[index].is_some() {
             continue;
         }
@@ -145,6 +147,23 @@ pub(super) fn bind(
         })
     };
     executable.launches.iter().map(bound).collect()
+}
+
+/// The launch that copies blocks.
+pub(super) fn bind_copier(
+    plan: &CudaPlan<'_>,
+    kernels: &[Option<KernelHandle>],
+    addresses: &Addresses,
+) -> Result<Copier, DeviceError> {
+    let launch = plan.target.copy_blocks.as_ref();
+    let bound = launch.and_then(|launch| {
+        Some(Copier {
+            kernel: kernels[launch.image as usize]?,
+            grid_x: launch.grid_x,
+            kv_cache: addresses.kv_cache,
+        })
+    });
+    bound.ok_or_else(|| plan.error("it has no launch that copies blocks"))
 }
 
 /// The bytes of a parameter; none for a tensor that the weight file lacks.

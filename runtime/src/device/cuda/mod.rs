@@ -1,13 +1,14 @@
 //! CUDA devices: launch the records of a bundle's target on a GPU, through a [`Driver`].
 //!
 //! Everything is allocated when a bundle is loaded: weights, one arena and one workspace that the
-//! executables share, the KV cache, and the lists of a step. A step copies its lists, enqueues its
-//! executable's chain of launches, and copies the chosen tokens back. Nothing in between waits for
+//! executables share, the KV cache, and the lists of a step. A step enqueues its copies of KV blocks,
+//! copies its lists, enqueues its executable's chain of launches, and copies the chosen tokens back. Nothing in between waits for
 //! the host, so the next step can be enqueued before the tokens of the last one are read, except where
 //! the host is to see rows or to choose tokens itself.
 
 mod arch;
 mod bind;
+mod copies;
 mod driver;
 mod host_draws;
 mod nvidia;
@@ -28,6 +29,7 @@ use super::memory::{Room, plan_memory};
 use super::{Device, DeviceError, DeviceFacts, Observe, Step, StepId, StepOutput};
 use crate::sampling::Sampler;
 use bind::{Addresses, WeightPlan};
+use copies::Copier;
 use kiln_bundle::{
     Bundle, Executable, ModelInfo, NO_TOKEN, Target, WeightFile, kv_layer_bytes, packing::Layout,
 };
@@ -71,6 +73,7 @@ pub struct CudaDevice<D> {
     addresses: Addresses,
     /// By executable.
     chains: Vec<Chain>,
+    copier: Copier,
     graphs: bool,
     /// The lists of the step at hand.
     lists: Vec<u32>,
@@ -233,6 +236,7 @@ impl<D: Driver> CudaDevice<D> {
         };
         let chains: Result<Vec<Chain>, DeviceError> =
             target.executables.iter().map(chain).collect();
+        let copier = bind::bind_copier(&plan, &kernels, &addresses)?;
         Ok(CudaDevice {
             facts: DeviceFacts {
                 name,
@@ -248,6 +252,7 @@ impl<D: Driver> CudaDevice<D> {
             weights,
             addresses,
             chains: chains?,
+            copier,
             graphs: options.graphs,
             lists: Vec::new(),
             sampled: vec![false; slots as usize],
@@ -333,10 +338,8 @@ impl<D: Driver> Device for CudaDevice<D> {
             vocab_size: self.model.vocab_size,
         };
         check_step(step, &ground, |slot| self.sampled[slot as usize])?;
-        if !step.copies.is_empty() {
-            return Err(DeviceError::Step("it copies blocks".to_owned()));
-        }
         let index = step.executable;
+        self.copy_blocks(index, &step.copies)?;
         let layout = &self.chains[index].layout;
         let counts = layout.fill(step, self.model.vocab_size, &mut self.lists);
         let lists: &[u8] = bytemuck::cast_slice(&self.lists);

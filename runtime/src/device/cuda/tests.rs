@@ -5,6 +5,7 @@ mod driver;
 
 use super::*;
 use crate::device::{LogitRows, SequenceStep, Tokens};
+use crate::kv::BlockCopy;
 use crate::sampling::{Draw, DrawParams, Processors, Rules, SequenceBias};
 use crate::{Engine, Event, Layers, Outputs, Prompt, Request};
 use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
@@ -125,6 +126,7 @@ fn other_targets_are_refused() {
     let layout = Rig::changed(100 * MIB, |target| {
         // The smallest of changes that leaves a sound manifest.
         target.images.clear();
+        target.copy_blocks = None;
         target
             .executables
             .iter_mut()
@@ -252,6 +254,48 @@ fn steps_upload_their_lists_and_feed_what_slots_hold() {
     step.push(&sequence(1, Tokens::LastSampled, &[2]));
     let error = device.submit(&step).unwrap_err().to_string();
     assert!(error.contains("slot 1 has sampled no token"), "{error}");
+}
+
+#[test]
+fn blocks_are_copied_in_order_before_the_step() {
+    let rig = Rig::new(100 * MIB);
+    let mut device = rig.device();
+    let bytes = (u64::from(LAYERS) * LAYER_BYTES) as usize;
+    let kv_cache = device.addresses.kv_cache.0;
+    let block = |index: u32| kv_cache + u64::from(index) * bytes as u64;
+    for index in 0..10 {
+        let held = vec![index as u8; bytes];
+        rig.driver
+            .state()
+            .at(block(index), bytes)
+            .copy_from_slice(&held);
+    }
+    rig.driver.calls();
+    let mut step = Step::default();
+    step.push(&sequence(0, Tokens::Ids(&[7]), &[5]));
+    // Two blocks change places, one is copied twice, and one onto itself.
+    let copies = [(1, 9), (2, 1), (6, 7), (9, 2), (6, 8), (4, 4)];
+    step.copies = copies.map(|(from, to)| BlockCopy { from, to }).to_vec();
+    let id = device.submit(&step).unwrap();
+    let calls = rig.driver.calls();
+    let place = "copies of blocks".to_owned();
+    let launched = [(); 3].map(|()| Call::Launch(place.clone()));
+    assert_eq!(calls[..3], launched);
+    assert!(matches!(calls[3], Call::Upload(..)), "{calls:?}");
+    assert_eq!(device.collect(id).unwrap().tokens, [Some(8)]);
+    let held: Vec<u8> = (0..10)
+        .map(|index| {
+            let mut state = rig.driver.state();
+            let held = state.at(block(index), bytes);
+            assert!(held.iter().all(|&byte| byte == held[0]));
+            held[0]
+        })
+        .collect();
+    assert_eq!(held, [0, 2, 1, 3, 4, 5, 6, 6, 6, 1]);
+
+    step.copies = vec![BlockCopy { from: 0, to: 24 }];
+    let error = device.submit(&step).unwrap_err().to_string();
+    assert!(error.contains("outside the KV cache"), "{error}");
 }
 
 #[test]
