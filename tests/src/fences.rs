@@ -161,6 +161,11 @@ fn temporary(
             last,
             u64::from(executable.bounds.max_logit_rows) * blocks * 8,
         )),
+        // A row of scores for each draw.
+        "sample" => {
+            let vocab_size: u64 = words.next()?.parse().ok()?;
+            Some((last, blocks * vocab_size * 4))
+        }
         // A part for each of a block's chunks, which are its warps.
         "attention" if words.next()? == "decode" => Some((4, blocks * warps * (head_dim + 2) * 4)),
         _ => None,
@@ -356,6 +361,9 @@ fn pointers(bytes: &[u8]) -> Option<StepPointers> {
         lists: at(offset_of!(StepPointers, lists))?,
         last_sampled: at(offset_of!(StepPointers, last_sampled))?,
         chosen: at(offset_of!(StepPointers, chosen))?,
+        continuations: at(offset_of!(StepPointers, continuations))?,
+        histories: at(offset_of!(StepPointers, histories))?,
+        token_counts: at(offset_of!(StepPointers, token_counts))?,
     })
 }
 

@@ -8,7 +8,7 @@ use askama::Template;
 use kiln_bundle::{Activation, DType, Norm};
 
 /// Headers of the kernels, by the name that sources include them by.
-pub const HEADERS: [(&str, &str); 7] = [
+pub const HEADERS: [(&str, &str); 9] = [
     (
         "kiln/ptx.cuh",
         include_str!("../../../templates/kiln/ptx.cuh"),
@@ -36,6 +36,14 @@ pub const HEADERS: [(&str, &str); 7] = [
     (
         "kiln/sampling.cuh",
         include_str!("../../../templates/kiln/sampling.cuh"),
+    ),
+    (
+        "kiln/processors.cuh",
+        include_str!("../../../templates/kiln/processors.cuh"),
+    ),
+    (
+        "kiln/beams.cuh",
+        include_str!("../../../templates/kiln/beams.cuh"),
     ),
 ];
 

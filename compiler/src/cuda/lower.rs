@@ -886,6 +886,9 @@ impl Lowering<'_> {
                 Argument::Workspace { offset_bytes },
             );
         }
+        let score_bytes = u64::from(self.bounds.max_sequences) * u64::from(vocab_size) * 4;
+        let offset_bytes = self.temporary(score_bytes);
+        parameters.add("float* scores", Argument::Workspace { offset_bytes });
         let blocks = self.best.map_or(0, |best| best.blocks);
         let name = match blocks {
             0 => format!("sample_{vocab_size}"),

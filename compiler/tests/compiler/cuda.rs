@@ -175,7 +175,7 @@ fn all_of_a_block_is_copied() {
     let lowered = model("opt-2.7b");
     let CopyLaunch { image, grid_x } = lowered.copy_blocks;
     // 32 layers of keys and values, 2560 wide, of 16 positions, in vectors of 16 bytes.
-    let vectors = 32 * 2 * 2560 * 16 * 2 / 16;
+    let vectors: u32 = 32 * 2 * 2560 * 16 * 2 / 16;
     let kernel = &lowered.kernels[image as usize];
     assert_eq!(kernel.entry, format!("copy_blocks_{vectors}"));
     assert_eq!(grid_x, vectors.div_ceil(kernel.block_threads * 4));

@@ -3,7 +3,8 @@
 use kiln_bundle::{Bundle, DType, kv_layer_bytes};
 use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
 use kiln_runtime::{
-    BeamParams, Choices, Completion, Engine, Event, Prompt, Request, SamplingParams,
+    BeamParams, Choices, Completion, Engine, Event, Processors, Prompt, Request, SamplingParams,
+    SequenceBias,
     device::{CpuDevice, CpuOptions, CudaDevice, CudaOptions, Device},
 };
 use kiln_tests::{
@@ -302,6 +303,84 @@ fn check_searches(found: &[Completion], expected: &[Completion]) {
             );
         }
     }
+}
+
+/// Requests whose draws read what their sequences hold.
+fn with_processors(vocab_size: u32) -> Vec<Request> {
+    let prompts = prompts(vocab_size);
+    let request = |prompt: usize, processors: Processors| Request {
+        processors,
+        ..greedy(&prompts[prompt])
+    };
+    let bias = |ids: &[u32], bias| SequenceBias {
+        ids: ids.to_vec(),
+        bias,
+    };
+    let penalised = Processors {
+        repetition_penalty: 1.3,
+        no_repeat_ngram_size: 3,
+        ..Processors::NONE
+    };
+    let biased = Processors {
+        presence_penalty: 0.6,
+        frequency_penalty: 0.4,
+        sequence_bias: vec![bias(&[7], 1.5), bias(&[7, 12], 2.0), bias(&[30], -1.0)],
+        bad_words_ids: vec![vec![9], vec![7, 11]],
+        ..Processors::NONE
+    };
+    vec![
+        request(0, penalised.clone()),
+        Request {
+            sampling: SAMPLED,
+            ..request(2, biased.clone())
+        },
+        request(1, biased),
+        Request {
+            beams: Some(BeamParams::new(3)),
+            ..request(0, penalised.clone())
+        },
+        // The host draws.
+        Request {
+            sampling: SamplingParams {
+                typical_p: 0.9,
+                ..SAMPLED
+            },
+            ..request(1, penalised)
+        },
+    ]
+}
+
+#[test]
+fn processors_choose_what_the_cpu_chooses() {
+    let compiled = compiled_for(&repository("models/demo"), 4);
+    let bundle = Bundle::open(&compiled.path()).unwrap();
+    let requests = with_processors(bundle.manifest().model.vocab_size);
+    let expected = run(&mut cpu(&bundle), &requests);
+    check_searches(&run(&mut emulated(&bundle, true), &requests), &expected);
+    // Without them, the tokens are others.
+    let plain = |request: &Request| Request {
+        processors: Processors::NONE,
+        ..request.clone()
+    };
+    let plain: Vec<Request> = requests.iter().map(plain).collect();
+    for (plain, expected) in run(&mut cpu(&bundle), &plain).iter().zip(&expected) {
+        assert_ne!(plain.choices[0].ids, expected.choices[0].ids);
+    }
+
+    // What goes back to the queue brings its history to another slot.
+    let model = &bundle.manifest().model;
+    let block_bytes = u64::from(model.layers) * kv_layer_bytes(u64::from(model.hidden_size), 2);
+    let options = CudaOptions {
+        kv_cache_bytes: Some(10 * block_bytes),
+        ..CudaOptions::default()
+    };
+    let mut engine = emulated_with(&bundle, options);
+    check_searches(&run(&mut engine, &requests), &expected);
+    let fed = requests.iter().map(|request| match &request.prompt {
+        Prompt::Ids(ids) => ids.len() as u64,
+        Prompt::Text(_) => 0,
+    });
+    assert!(engine.stats().prefill.tokens > fed.sum());
 }
 
 #[test]

@@ -10,7 +10,9 @@ use kiln_runtime::device::{
     StepOutput, cuda::KernelImage,
 };
 use kiln_tests::{
-    conformance::{CROWD, Outcome, Subject, accuracy, crowd, invariance, subjects},
+    conformance::{
+        CHOICES, CROWD, Outcome, Subject, accuracy, choices, crowd, invariance, subjects,
+    },
     emulation::{EmulatedDriver, EmulationOptions, compile_all, rerun_sanitized},
     fences::{FencedDriver, Fences, fence},
 };
@@ -22,6 +24,8 @@ use std::{
 use tempfile::TempDir;
 
 const TARGET: &str = "sm_90a";
+/// Choices by processors of every kind.
+const SOME_CHOICES: u32 = 1;
 
 /// A subject that is small and fills no tile.
 fn small(like: &str) -> Subject {
@@ -144,11 +148,15 @@ impl Compiled {
         }
     }
 
-    /// The suite's accuracy part on the emulated device, whose outputs are held against `expected`.
+    /// The suite's accuracy part, and some choices, on the emulated device, whose outputs are held against
+    /// `expected`.
     fn run(&self, seed: u64, expected: &[StepOutput]) -> Result<Witness, String> {
         let mut witness = Witness::new(self.emulated(seed, None), expected);
-        let outcomes = accuracy(&mut self.cpu(), &mut witness, &self.bundle(), DType::F16);
-        all_pass(&outcomes.map_err(|error| error.to_string())?)?;
+        let bundle = self.bundle();
+        let accurate = accuracy(&mut self.cpu(), &mut witness, &bundle, DType::F16);
+        all_pass(&accurate.map_err(|error| error.to_string())?)?;
+        let chosen = choices(&mut witness, &bundle, SOME_CHOICES);
+        all_pass(&chosen.map_err(|error| error.to_string())?)?;
         Ok(witness)
     }
 }
@@ -178,6 +186,10 @@ impl Witness {
 }
 
 impl Device for Witness {
+    fn keeps_histories(&self) -> bool {
+        self.device.keeps_histories()
+    }
+
     fn facts(&self) -> &DeviceFacts {
         self.device.facts()
     }
@@ -210,6 +222,7 @@ impl Device for Witness {
 fn same_bytes(a: &StepOutput, b: &StepOutput) -> bool {
     let bits = |rows: &[f32]| rows.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
     a.tokens == b.tokens
+        && a.continuations == b.continuations
         && bits(&a.logits) == bits(&b.logits)
         && bits(&a.hidden_states) == bits(&b.hidden_states)
 }
@@ -246,6 +259,18 @@ fn norms_behind_give_the_same_bytes_in_every_order() {
 }
 
 #[test]
+fn choices_are_those_of_the_cpu() {
+    let compiled = Compiled::new(&norms_before());
+    let bundle = compiled.bundle();
+    let (mut device, mut cpu) = (compiled.emulated(1, None), compiled.cpu());
+    // On one device, so that slots come to other sequences.
+    for case in 0..CHOICES {
+        all_pass(&choices(device.as_mut(), &bundle, case).unwrap()).unwrap();
+        all_pass(&choices(&mut cpu, &bundle, case).unwrap()).unwrap();
+    }
+}
+
+#[test]
 fn a_crowd_gets_what_the_cpu_gives() {
     let compiled = Compiled::new(&Subject {
         max_batch: CROWD,
@@ -268,6 +293,8 @@ fn run_fenced(compiled: &Compiled) {
         &compiled.bundle(),
         DType::F16,
     );
+    all_pass(&outcomes.unwrap()).unwrap();
+    let outcomes = choices(device.as_mut(), &compiled.bundle(), SOME_CHOICES);
     all_pass(&outcomes.unwrap()).unwrap();
 }
 
@@ -352,7 +379,15 @@ mistakes! {
     sums_written_over_while_they_are_read: "sample_301_of_38.cu/sampling.cuh",
         "__syncthreads();\n    if (lane_index() == 31)" => "\n    if (lane_index() == 31)", BYTES;
     copies_of_other_blocks: "copy_blocks_384.cu",
-        "+ copy.y * static_cast<uint64_t>(VECTORS)" => "+ copy.y", "deviate";
+        "+ copy.y * static_cast<uint64_t>(VECTORS)" => "+ copy.y", BYTES;
+    counts_of_another_sequence: "sample_301_of_38.cu/processors.cuh",
+        "counts[token] = 0;" => "", "choices 1";
+    a_token_that_is_not_counted: "sample_301_of_38.cu/processors.cuh",
+        "counts[token] = load_fresh(counts + token) + 1;" => "", "choices 1";
+    biases_added_after_penalties: "sample_301_of_38.cu/processors.cuh",
+        "__syncthreads();\n\n    const bool by_count" => "\n\n    const bool by_count", BYTES;
+    continuations_ranked_before_all_are_found: "sample_301_of_38.cu/beams.cuh",
+        "__syncthreads();\n    for (uint32_t i" => "\n    for (uint32_t i", BYTES;
     a_kernel_that_overtakes_the_previous: "embed_tokens_positions_48_f16.cu",
         "wait_for_previous();" => "", "no thread has called wait_for_previous()";
 }
@@ -418,6 +453,9 @@ fn every_barrier_is_needed() {
         "attention_prefill_h3_d16_f16.cu",
         "attention_decode_h3_d16_f16.cu",
         "sample_301_of_38.cu/sampling.cuh",
+        "sample_301_of_38.cu/processors.cuh",
+        "sample_301_of_38.cu/beams.cuh",
+        "sample_301_of_38.cu",
     ];
     const BARRIER: &str = "__syncthreads();";
     for file in files {

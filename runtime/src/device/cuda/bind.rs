@@ -12,7 +12,7 @@ const TENSOR_ALIGN_BYTES: u64 = 256;
 const UPLOAD_BYTES: usize = 4 << 20;
 
 /// Where a target's memory lies on the device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Addresses {
     pub(super) weights: DeviceAddress,
     pub(super) arena: DeviceAddress,
@@ -25,6 +25,12 @@ pub(super) struct Addresses {
     pub(super) last_sampled: DeviceAddress,
     /// u32 by draw.
     pub(super) chosen: DeviceAddress,
+    /// Behind `chosen`, so that both come to the host in one copy.
+    pub(super) continuations: DeviceAddress,
+    /// u32, [`SlotGround::history_stride`](super::step_lists::SlotGround) for each slot.
+    pub(super) histories: DeviceAddress,
+    /// u32 (slots, V).
+    pub(super) token_counts: DeviceAddress,
 }
 
 /// Where each tensor lies in the memory of the weights.
@@ -124,7 +130,7 @@ pub(super) fn bind(
     addresses: &Addresses,
 ) -> Result<Vec<BoundLaunch>, DeviceError> {
     let program = &plan.target.programs[executable.program as usize];
-    let step = layout.pointers(addresses.step, addresses.last_sampled, addresses.chosen);
+    let step = layout.pointers(addresses);
     let bound = |launch: &kiln_bundle::Launch| {
         let kernel = &program.kernels[launch.kernel as usize];
         let place = format!(

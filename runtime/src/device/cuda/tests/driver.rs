@@ -6,7 +6,7 @@ use crate::device::cuda::{
     BoundLaunch, DeviceAddress, Driver, DriverError, GpuFacts, GraphHandle, KernelHandle,
     KernelImage, Ticket,
 };
-use kiln_bundle::{COPIES_PER_LAUNCH, LAST_SAMPLED};
+use kiln_bundle::{COPIES_PER_LAUNCH, LAST_SAMPLED, StepDraw};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -100,7 +100,9 @@ impl State {
                     self.put(address(3) + row as u64 * u64::from(V) * 4, &logits);
                 }
                 for draw in 0..u64::from(draws) {
-                    let [row, slot] = self.words(step(7) + draw * 44, 2)[..] else {
+                    let [row, slot] =
+                        self.words(step(7) + draw * size_of::<StepDraw>() as u64, 2)[..]
+                    else {
                         unreachable!()
                     };
                     let id = next[row as usize];
