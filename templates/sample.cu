@@ -41,7 +41,6 @@ $(entry)$($(parameters)$) {
         if (finite) {
             log_probabilities(scratch, row, best.logit, own);
             if (draw.processed) process(own, V, draw, step.lists, history);
-            __syncthreads();
             best_continuations(scratch, beam, BeamScores{own, V, draw.beam_score}, draw.continuations_len, out);
         } else if (threadIdx.x == 0) {
             out[0] = {NO_TOKEN, 0.0f};

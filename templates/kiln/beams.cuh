@@ -42,7 +42,7 @@ KILN_DEVICE void log_probabilities(SampleScratch& scratch, const Row& row, float
 }
 
 // Leaves the `count` best, best first and of equals the lower token; where the row has fewer, all of
-// them. The whole block calls it.
+// them. The whole block calls it, and has written the scores: ranks are read behind a barrier.
 KILN_DEVICE void best_continuations(SampleScratch& scratch, BeamScratch& beam, const BeamScores& scores, uint32_t count,
                                     Continuation* out) {
     const uint32_t wanted = count < scores.vocab_size ? count : scores.vocab_size;

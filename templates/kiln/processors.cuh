@@ -13,7 +13,8 @@ struct History {
     uint32_t len;
     uint32_t prompt_len;
 
-    // Makes it that of `given`, which may be its own tokens.
+    // Makes it that of `given`, which may be its own tokens. The block calls it, and may read it behind
+    // the next barrier.
     KILN_DEVICE void set(const uint32_t* given, uint32_t vocab_size) const {
         for (uint32_t token = threadIdx.x; token < vocab_size; token += SAMPLE_THREADS) counts[token] = 0;
         __syncthreads();
@@ -27,7 +28,6 @@ struct History {
                 atomicAdd(&counts[token], 1u);
             }
         }
-        __syncthreads();
     }
 
     // One thread calls it.
