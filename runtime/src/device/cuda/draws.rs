@@ -140,19 +140,33 @@ impl DrawWriter<'_> {
         described: &mut StepDraw,
         suppressed: &mut Vec<u32>,
     ) {
-        let p = &rules.processors;
+        // All of them, so that none is left out: those without a use here are in the draw's suppressed ids,
+        // or are asked for below.
+        let Processors {
+            sequence_bias,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            no_repeat_ngram_size,
+            bad_words_ids,
+            suppress_tokens: _,
+            begin_suppress_tokens: _,
+            forced_bos_token_id: _,
+            forced_eos_token_id: _,
+            exponential_decay_length_penalty: _,
+        } = &rules.processors;
         described.prompt_len = u32::try_from(rules.prompt_len).unwrap_or(u32::MAX);
         described.forced = rules.forced(index).unwrap_or(NO_TOKEN);
-        described.repetition_penalty = p.repetition_penalty;
-        described.presence_penalty = p.presence_penalty;
-        described.frequency_penalty = p.frequency_penalty;
-        described.no_repeat_ngram_size = p.no_repeat_ngram_size;
+        described.repetition_penalty = *repetition_penalty;
+        described.presence_penalty = *presence_penalty;
+        described.frequency_penalty = *frequency_penalty;
+        described.no_repeat_ngram_size = *no_repeat_ngram_size;
 
-        let biases = p.sequence_bias.iter();
+        let biases = sequence_bias.iter();
         let biases = biases.map(|bias| (bias.ids.as_slice(), bias.bias));
         (described.biases, described.biases_len) = self.rules(biases);
         let is_end = |word: &[u32]| matches!(word, [id] if rules.ends.contains(id));
-        let words = p.bad_words_ids.iter().map(Vec::as_slice);
+        let words = bad_words_ids.iter().map(Vec::as_slice);
         let words = words.filter(|word| !is_end(word));
         suppressed.extend(words.clone().filter_map(|word| match word {
             [id] => Some(*id),
