@@ -81,12 +81,14 @@ pub fn compile(
             programs,
             executables,
             images: vec![],
+            copy_blocks: None,
         });
     }
     let mut writer = BundleWriter::create(output)?;
     if !gpus.is_empty() {
         let (programs, mut executables) = plan(&fused, &buckets, types.dtype)?;
-        let kernels = cuda::lower_all(&programs, &mut executables, &manifest.model, types.dtype)?;
+        let (kernels, copy_blocks) =
+            cuda::lower_all(&programs, &mut executables, &manifest.model, types.dtype)?;
         progress.stage("kernels");
         let images =
             cuda::build_images(&mut writer, &kernels, &gpus, toolchain.as_ref(), progress)?;
@@ -102,6 +104,7 @@ pub fn compile(
                 programs: programs.clone(),
                 executables: executables.clone(),
                 images,
+                copy_blocks: Some(copy_blocks.clone()),
             });
         }
     }

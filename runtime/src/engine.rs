@@ -180,7 +180,13 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let limits = &manifest.limits;
         let facts = device.facts();
-        let scheduler = Scheduler::new(device.executables(), limits, facts.slots, facts.kv_blocks);
+        let scheduler = Scheduler::new(
+            device.executables(),
+            limits,
+            facts.slots,
+            facts.kv_blocks,
+            device.keeps_histories(),
+        );
         let max_seq_len = limits.max_seq_len;
         Ok(Engine {
             scheduler: scheduler.ok_or(EngineError::Incomplete { max_seq_len })?,

@@ -19,8 +19,8 @@
 //!
 //! The scheduler works ahead of the tokens' values: a sequence whose next token is still in flight
 //! is known to be one longer, and is fed [`Tokens::LastSampled`]. Where a draw reads the tokens of its
-//! sequence ([`Rules::read_history`]), all of them must be known, and where the engine chooses them,
-//! it must have done so: such a sequence takes part in no step while a token of it is in flight, and is
+//! sequence ([`Rules::read_history`]) and the device does not keep them, all of them must be known, and
+//! where the engine chooses them, it must have done so: such a sequence takes part in no step while a token of it is in flight, and is
 //! fed its last one by value.
 
 use crate::device::{Extent, LogitRows, Observe, SequenceStep, Step, Tokens};
@@ -135,6 +135,8 @@ pub(crate) struct Scheduler {
     /// To be made by the next step.
     copies: Vec<BlockCopy>,
     slots: usize,
+    /// Whether the device's slots keep the tokens of their sequences.
+    keeps_histories: bool,
     free_slots: Vec<u32>,
     /// By age, preempted sequences first.
     waiting: VecDeque<Sequence>,
@@ -156,6 +158,8 @@ struct Sequence {
     observed: usize,
     /// Whether the slot's last sampled token is this sequence's next.
     in_slot: bool,
+    /// Whether every token must be known before the next is chosen.
+    awaits_tokens: bool,
     /// Whether its last token has been chosen.
     done: bool,
     /// At least as many as branches, while it runs.
@@ -209,14 +213,9 @@ impl Sequence {
         !self.done && self.generated() < self.new.max_new_tokens
     }
 
-    /// Whether every token must be known before the next is chosen.
-    fn reads_tokens(&self) -> bool {
-        self.new.pick != Pick::Token || self.new.rules.read_history()
-    }
-
     /// Positions that are to be fed by now.
     fn goal(&self) -> usize {
-        if self.pending > 0 && self.reads_tokens() {
+        if self.pending > 0 && self.awaits_tokens {
             return 0;
         }
         if self.draws_more() {
@@ -336,17 +335,25 @@ impl Sequence {
             let start = branch.computed;
             draws = self.draws_at(start + len);
             let logit_rows = self.logit_rows(start, len);
-            let tokens = match self.in_slot && !self.reads_tokens() {
+            let tokens = match self.in_slot && !self.awaits_tokens {
                 true => Tokens::LastSampled,
                 false => Tokens::Ids(&branch.tokens[start..start + len]),
             };
+            let draw = (draws && !by_engine).then(|| self.draw(index, self.generated()));
             step.push(&SequenceStep {
                 slot: self.slots[index],
                 tokens,
                 past_len: start as u32,
                 block_table: &branch.block_table,
                 logit_rows,
-                draw: (draws && !by_engine).then(|| self.draw(index, self.generated())),
+                draw: draw.map(|draw| match tokens {
+                    // Not all of it is known here, and the slot keeps it.
+                    Tokens::LastSampled => Draw {
+                        history: &[],
+                        ..draw
+                    },
+                    Tokens::Ids(_) => draw,
+                }),
             });
             step.observe.logits |= self.new.observe.logits
                 || (self.new.see_draws || by_engine) && logit_rows != LogitRows::None;
@@ -380,6 +387,7 @@ impl Scheduler {
         limits: &Limits,
         slots: u32,
         kv_blocks: u32,
+        keeps_histories: bool,
     ) -> Option<Scheduler> {
         let executables: Vec<_> = executables.iter().map(|e| (e.phase, e.bounds)).collect();
         let full_length = |phase: Phase| {
@@ -402,6 +410,7 @@ impl Scheduler {
             pool: BlockPool::new(kv_blocks),
             copies: Vec::new(),
             slots: slots as usize,
+            keeps_histories,
             free_slots: (0..slots).rev().collect(),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -438,6 +447,8 @@ impl Scheduler {
             pending: 0,
             observed: 0,
             in_slot: false,
+            awaits_tokens: new.pick != Pick::Token
+                || new.rules.read_history() && !self.keeps_histories,
             done: new.max_new_tokens == 0,
             slots: Vec::new(),
             new,

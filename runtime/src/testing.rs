@@ -82,6 +82,7 @@ pub(crate) fn manifest(max_tokens: u32, max_batch: u32, max_seq_len: u32) -> Man
             programs: Vec::new(),
             executables,
             images: Vec::new(),
+            copy_blocks: None,
         }],
         self_test: SelfTest {
             token_ids: Vec::new(),

@@ -16,27 +16,42 @@ struct SampleScratch {
     uint32_t token;
 };
 
-// A row of logits and the tokens that cannot be chosen.
-struct Row {
-    const float* logits;
-    uint32_t size;
-    const uint32_t* suppressed;
-    uint32_t suppressed_len;
+// A draw in shared memory: its fields would take half of the registers.
+struct DrawWords {
+    Draw draw;
 
-    KILN_DEVICE bool allowed(uint32_t token) const {
-        for (uint32_t i = 0; i < suppressed_len; i++) {
-            if (suppressed[i] == token) return false;
+    // The whole block calls it.
+    KILN_DEVICE const Draw& fetch(const Draw* from) {
+        const uint32_t i = threadIdx.x;
+        if (i < sizeof(Draw) / sizeof(uint32_t)) {
+            reinterpret_cast<uint32_t*>(&draw)[i] = reinterpret_cast<const uint32_t*>(from)[i];
         }
-        return true;
+        __syncthreads();
+        return draw;
     }
 };
 
-// This thread's best of a row. A logit that is no finite number is found even where it is suppressed.
-KILN_DEVICE Candidate best_of_row(const Row& row) {
+// A row of scores: logits, or what processors made of them. A score of -inf cannot be chosen.
+struct Row {
+    const float* scores;
+    uint32_t size;
+};
+
+// This thread's best of a row of logits, of which all are to be finite numbers.
+KILN_DEVICE Candidate best_of_logits(const Row& row) {
     Candidate best{minus_infinity(), NO_TOKEN};
     for (uint32_t token = threadIdx.x; token < row.size; token += SAMPLE_THREADS) {
-        const Candidate one = candidate(row.logits[token], token);
-        if (one.token == NO_TOKEN || row.allowed(token)) best = better(best, one);
+        best = better(best, candidate(row.scores[token], token));
+    }
+    return best;
+}
+
+// This thread's best of a row that processors have changed; none where nothing can be chosen.
+KILN_DEVICE Candidate best_of_scores(const Row& row) {
+    Candidate best{minus_infinity(), NO_TOKEN};
+    for (uint32_t token = threadIdx.x; token < row.size; token += SAMPLE_THREADS) {
+        const float score = row.scores[token];
+        if (score > minus_infinity()) best = better(best, Candidate{score, token});
     }
     return best;
 }
@@ -74,7 +89,7 @@ KILN_DEVICE uint64_t sum_before(SampleScratch& scratch, uint64_t x, uint64_t& to
     return before;
 }
 
-// Tempered logits less the largest are at most zero: the bits of their magnitude rank them, likeliest
+// Tempered scores less the largest are at most zero: the bits of their magnitude rank them, likeliest
 // first. What has no chance at all ranks as NO_RANK.
 constexpr uint32_t NO_RANK = 0x7f800000u;
 
@@ -82,13 +97,16 @@ constexpr uint32_t NO_RANK = 0x7f800000u;
 constexpr float UNITS = 1099511627776.0f;
 
 struct Scores {
+    static constexpr uint32_t NONE = NO_RANK;
+
     Row row;
     float largest;
     float temperature;
 
+    KILN_DEVICE uint32_t size() const { return row.size; }
+
     KILN_DEVICE uint32_t rank(uint32_t token) const {
-        const float score = fabsf((row.logits[token] - largest) / temperature);
-        return row.allowed(token) ? __float_as_uint(score) : NO_RANK;
+        return __float_as_uint(fabsf((row.scores[token] - largest) / temperature));
     }
 };
 
@@ -112,11 +130,11 @@ KILN_DEVICE void add_to_bin(uint64_t* bins, uint32_t bin, uint64_t x) {
     }
 }
 
-// The first rank at which the measures of all tokens up to it reach `wanted`; NO_RANK where they never
+// The first rank at which the measures of all tokens up to it reach `wanted`; NONE where they never
 // do. `before` becomes the measure of the tokens that rank above it. Eight bits of the rank are decided
 // in each of four passes.
-template <typename Measure>
-KILN_DEVICE uint32_t select_rank(SampleScratch& scratch, const Scores& scores, const Measure& measure, uint64_t wanted,
+template <typename Ranked, typename Measure>
+KILN_DEVICE uint32_t select_rank(SampleScratch& scratch, const Ranked& scores, const Measure& measure, uint64_t wanted,
                                  uint64_t& before) {
     uint32_t prefix = 0;
     before = 0;
@@ -125,10 +143,10 @@ KILN_DEVICE uint32_t select_rank(SampleScratch& scratch, const Scores& scores, c
         for (uint32_t i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) scratch.bins[i] = 0;
         if (threadIdx.x == 0) scratch.bin = BINS;
         __syncthreads();
-        for (uint32_t first = 0; first < scores.row.size; first += SAMPLE_THREADS) {
+        for (uint32_t first = 0; first < scores.size(); first += SAMPLE_THREADS) {
             const uint32_t token = first + threadIdx.x;
-            const uint32_t rank = token < scores.row.size ? scores.rank(token) : NO_RANK;
-            const bool inside = rank < NO_RANK && (shift == 24 || rank >> (shift + 8) == prefix);
+            const uint32_t rank = token < scores.size() ? scores.rank(token) : Ranked::NONE;
+            const bool inside = rank < Ranked::NONE && (shift == 24 || rank >> (shift + 8) == prefix);
             add_to_bin(scratch.bins, rank >> shift & 0xff, inside ? measure(rank) : 0);
         }
         __syncthreads();
@@ -140,7 +158,7 @@ KILN_DEVICE uint32_t select_rank(SampleScratch& scratch, const Scores& scores, c
             scratch.before = above;
         }
         __syncthreads();
-        if (scratch.bin == BINS) return NO_RANK;
+        if (scratch.bin == BINS) return Ranked::NONE;
         prefix = prefix << 8 | scratch.bin;
         before = scratch.before;
         __syncthreads();
@@ -162,7 +180,7 @@ KILN_DEVICE uint64_t philox(uint32_t index, uint32_t key0, uint32_t key1) {
     return static_cast<uint64_t>(c1) << 32 | c0;
 }
 
-// Draws a token of a row whose largest allowed logit is `largest`.
+// Draws a token of a row whose largest score is `largest`.
 KILN_DEVICE uint32_t sample_row(SampleScratch& scratch, const Row& row, const Draw& draw, float largest) {
     const Scores scores{row, largest, draw.temperature};
     // Kept are the tokens that rank above `last`, and of those that rank as it, the `equals` last ones.

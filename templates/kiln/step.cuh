@@ -39,8 +39,41 @@ struct Draw {
     float min_p;
     uint32_t seed_low;
     uint32_t seed_high;
+    uint32_t processed;
+    uint32_t forced;
+    uint32_t history;
+    uint32_t history_len;
+    uint32_t prompt_len;
+    uint32_t given;
+    uint32_t given_from;
+    uint32_t biases;
+    uint32_t biases_len;
+    float repetition_penalty;
+    float presence_penalty;
+    float frequency_penalty;
+    uint32_t no_repeat_ngram_size;
+    uint32_t words;
+    uint32_t words_len;
     uint32_t suppressed;
     uint32_t suppressed_len;
+    uint32_t ends;
+    uint32_t ends_len;
+    float ending_share;
+    float beam_score;
+    uint32_t continuations;
+    uint32_t continuations_len;
+};
+
+struct TokenRule {
+    uint32_t token;
+    float bias;
+    uint32_t before;
+    uint32_t before_len;
+};
+
+struct Continuation {
+    uint32_t token;
+    float score;
 };
 
 struct Step {
@@ -55,4 +88,7 @@ struct Step {
     const uint32_t* lists;
     uint32_t* last_sampled;
     uint32_t* chosen;
+    Continuation* continuations;
+    uint32_t* histories;
+    uint32_t* token_counts;
 };

@@ -2,18 +2,20 @@
 //!
 //! [`accuracy`] gives a device and the CPU the same steps and compares logits, hidden states and chosen
 //! tokens: every head size, ragged prompts of odd lengths, chunks with a past, batches of 1 to 9, KV
-//! lengths up to beyond one bucket, block tables out of order. [`crowd`] does so with as many sequences
+//! lengths up to beyond one bucket, block tables out of order, blocks that are copied. [`crowd`] does so with as many sequences
 //! as a step takes. [`invariance`] asks a device alone for the same rows in different
-//! company and compares bytes.
+//! company and compares bytes. [`choices`] asks for tokens and continuations by all kinds of processors, and
+//! judges them by the device's own logits.
 
 use kiln_bundle::{Bundle, DType, Phase, WeightFormat};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile};
 use kiln_models::{ModelConfig, builtin};
 use kiln_runtime::{
-    Draw, DrawParams, Sampler, blocks_for,
+    BeamDraw, BlockCopy, Continuation, Draw, DrawParams, Processors, Rules, Sampler, SequenceBias,
+    Taken, blocks_for,
     device::{Device, DeviceError, LogitRows, Observe, SequenceStep, Step, StepOutput, Tokens},
 };
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// A small model that stands for a family of shapes.
 pub struct Subject {
@@ -132,12 +134,53 @@ struct Sequence {
     block_table: Vec<u32>,
 }
 
+impl Sequence {
+    /// Gives it other blocks in the place of those of its past: the first two change places through a
+    /// new one, all others are copied to new ones.
+    fn moved(&mut self, mut new: impl FnMut() -> u32) -> Vec<BlockCopy> {
+        let past = blocks_for(self.past);
+        let copy = |from, to| BlockCopy { from, to };
+        match &mut self.block_table[..past] {
+            [first, second, others @ ..] => {
+                let between = new();
+                let mut copies = vec![
+                    copy(*first, between),
+                    copy(*second, *first),
+                    copy(between, *second),
+                ];
+                std::mem::swap(first, second);
+                for block in others {
+                    let to = new();
+                    copies.push(copy(std::mem::replace(block, to), to));
+                }
+                copies
+            }
+            few => {
+                let copies = few.iter_mut().map(|block| {
+                    let to = new();
+                    copy(std::mem::replace(block, to), to)
+                });
+                copies.collect()
+            }
+        }
+    }
+}
+
+/// Blocks in an order that jumps about: 7 has no factor in common with most sizes, and where it has,
+/// the walk still never takes a block twice within a table's length.
+fn block(index: u32, kv_blocks: u32) -> u32 {
+    let stride = if kv_blocks.is_multiple_of(7) { 11 } else { 7 };
+    index * stride % kv_blocks
+}
+
 /// What a sequence does in a step.
 struct Part {
     sequence: usize,
     tokens: usize,
     rows: LogitRows,
     draw: Option<(DrawParams, Vec<u32>)>,
+    /// Whether its past is copied to other blocks first.
+    moves: bool,
 }
 
 /// Sequences, and the blocks that are left for more.
@@ -164,16 +207,9 @@ impl World {
     fn add(&mut self, len: usize, like: u32) -> usize {
         let slot = self.sequences.len() as u32 % self.slots;
         let ids = (0..len as u32).map(|i| (i * i * 31 + i * 7 + like * 53 + 5) % self.vocab_size);
-        // Blocks in an order that jumps about: 7 has no factor in common with most sizes, and where
-        // it has, the walk still never takes a block twice within a table's length.
-        let stride = if self.kv_blocks.is_multiple_of(7) {
-            11
-        } else {
-            7
-        };
         let blocks = blocks_for(len) as u32;
         let block_table = (self.taken..self.taken + blocks)
-            .map(|block| block * stride % self.kv_blocks)
+            .map(|index| block(index, self.kv_blocks))
             .collect();
         self.taken += blocks;
         self.sequences.push(Sequence {
@@ -189,8 +225,15 @@ impl World {
     fn step(&mut self, device: &dyn Device, phase: Phase, parts: &[Part]) -> Step {
         let mut step = Step::default();
         for part in parts {
+            let (kv_blocks, taken) = (self.kv_blocks, &mut self.taken);
             let sequence = &mut self.sequences[part.sequence];
             let end = sequence.past + part.tokens;
+            if part.moves {
+                step.copies.extend(sequence.moved(|| {
+                    *taken += 1;
+                    block(*taken - 1, kv_blocks)
+                }));
+            }
             step.push(&SequenceStep {
                 slot: sequence.slot,
                 tokens: Tokens::Ids(&sequence.ids[sequence.past..end]),
@@ -210,17 +253,22 @@ impl World {
             logits: true,
             hidden_states: true,
         };
-        let extent = step.extent();
-        let fits = |e: &&kiln_bundle::Executable| e.phase == phase && extent.fits(&e.bounds);
-        let smallest = device
-            .executables()
-            .iter()
-            .enumerate()
-            .filter(|(_, e)| fits(e))
-            .min_by_key(|(_, e)| (e.bounds.max_tokens, e.bounds.max_kv_len));
-        step.executable = smallest.map_or(usize::MAX, |(index, _)| index);
+        step.executable = executable(device, phase, &step);
         step
     }
+}
+
+/// The smallest executable for a step.
+fn executable(device: &dyn Device, phase: Phase, step: &Step) -> usize {
+    let extent = step.extent();
+    let fits = |e: &&kiln_bundle::Executable| e.phase == phase && extent.fits(&e.bounds);
+    let smallest = device
+        .executables()
+        .iter()
+        .enumerate()
+        .filter(|(_, e)| fits(e))
+        .min_by_key(|(_, e)| (e.bounds.max_tokens, e.bounds.max_kv_len));
+    smallest.map_or(usize::MAX, |(index, _)| index)
 }
 
 fn run(device: &mut dyn Device, step: &Step) -> Result<StepOutput, DeviceError> {
@@ -234,6 +282,7 @@ fn part(sequence: usize, tokens: usize, rows: LogitRows) -> Part {
         tokens,
         rows,
         draw: None,
+        moves: false,
     }
 }
 
@@ -357,6 +406,7 @@ pub fn accuracy(
     for batch in 1..=order.len() {
         let parts = order[..batch].iter().enumerate().map(|(at, &s)| Part {
             draw: Some(draws[(batch + at) % draws.len()].clone()),
+            moves: (batch + at) % 3 == 0,
             ..part(sequences[s], 1, LogitRows::Last)
         });
         script.push((format!("decode of {batch}"), Phase::Decode, parts.collect()));
@@ -440,6 +490,199 @@ fn compare(
                     found.tokens
                 )
             },
+        });
+    }
+    Ok(outcomes)
+}
+
+/// Cases of [`choices`] that between them ask for everything.
+pub const CHOICES: u32 = 10;
+/// Tokens of every prompt of [`choices`], and tokens chosen after each.
+const CHOICE_PROMPT: usize = 20;
+const CHOICE_ROUNDS: usize = 8;
+
+/// What processors ask of a sequence: a choice of them by the bits of `case`, about the tokens that it
+/// has.
+fn rules(case: u32, prompt: &[u32]) -> Rules {
+    let on = |bit: u32| case >> bit & 1 == 1;
+    let ids = |some: &[u32]| some.to_vec();
+    let bias = |ids: Vec<u32>, bias| SequenceBias { ids, bias };
+    let last = prompt.len() - 1;
+    let mut processors = Processors::NONE;
+    if on(0) {
+        processors.repetition_penalty = if on(1) { 1.3 } else { 0.7 };
+    }
+    if on(1) {
+        processors.frequency_penalty = 0.07;
+    }
+    if on(2) {
+        processors.presence_penalty = if on(0) { -0.2 } else { 0.3 };
+    }
+    if on(3) {
+        processors.sequence_bias = vec![
+            bias(ids(&[9]), 0.11),
+            bias(ids(&[prompt[last - 1], prompt[last], 70]), 0.3),
+            bias(ids(&[5]), -0.07),
+            bias(ids(&[9]), 0.013),
+            // Never completed.
+            bias(ids(&[299, 299, 9]), 5.0),
+            bias(ids(&[prompt[0], 9]), -0.021),
+        ];
+        if on(6) {
+            // Their sum is no number.
+            let largest = [1e38, f32::MAX].map(|largest| bias(ids(&[300]), largest));
+            processors.sequence_bias.extend(largest);
+        }
+    }
+    if on(4) {
+        processors.no_repeat_ngram_size = if on(0) { 1 } else { 2 };
+    }
+    if on(5) {
+        processors.bad_words_ids = vec![
+            ids(&[17]),
+            ids(&[2]),
+            ids(&[prompt[last], 33]),
+            ids(&[prompt[3], prompt[4], prompt[5]]),
+        ];
+    }
+    if on(6) {
+        processors.exponential_decay_length_penalty = Some((2, 1.7));
+    }
+    Rules {
+        processors,
+        prompt_len: prompt.len(),
+        max_new_tokens: CHOICE_ROUNDS as u32,
+        ends: vec![2, 50],
+    }
+}
+
+/// Whether two rankings agree: in their scores up to rounding, and in whose those are. Equals, which
+/// tokens that cannot be chosen are, stand in their order.
+fn same_ranking(found: &[Continuation], expected: &[Continuation]) -> bool {
+    let close = |a: f32, b: f32| a == b || (a - b).abs() <= 2e-6 * a.abs().max(1.0);
+    let last = expected.last().map_or(0.0, |last| last.score);
+    let score_of = |id: u32| {
+        let own = expected.iter().find(|continuation| continuation.id == id);
+        own.map_or(last, |continuation| continuation.score)
+    };
+    found.len() == expected.len()
+        && found.iter().zip(expected).all(|(found, expected)| {
+            let in_place = found.id == expected.id || found.score > f32::NEG_INFINITY;
+            in_place && close(found.score, expected.score) && close(found.score, score_of(found.id))
+        })
+}
+
+/// Holds what a device chooses by processors, and the continuations that it ranks, against the choices
+/// of the CPU by the same logits. Sequences go on with what was chosen, which some are fed by value and
+/// some by their slots. `case` chooses among processors.
+///
+/// # Errors
+/// A device that cannot run a step.
+pub fn choices(
+    device: &mut dyn Device,
+    bundle: &Bundle,
+    case: u32,
+) -> Result<Vec<Outcome>, DeviceError> {
+    let vocab_size = bundle.manifest().model.vocab_size;
+    let mut world = World::new(device, vocab_size);
+    let all: Vec<usize> = (0..world.slots.min(MAX_BATCH))
+        .map(|like| world.add(CHOICE_PROMPT + CHOICE_ROUNDS, like))
+        .collect();
+    let sequences: Vec<Sequence> = all.iter().map(|&s| world.sequences[s].clone()).collect();
+    // Few different tokens, so that they repeat.
+    let prompt = |s: &Sequence| s.ids[..CHOICE_PROMPT].iter().map(|id| id % 11).collect();
+    let mut histories: Vec<Vec<u32>> = sequences.iter().map(prompt).collect();
+    let rules: Vec<Arc<Rules>> = (0..)
+        .zip(&histories)
+        .map(|(i, history)| Arc::new(rules(case * 37 + i * 13 + 1, history)))
+        .collect();
+    // So many that some are among the best of a beam, and one that is no token.
+    let suppressed: Vec<u32> = (100..160).chain([8, 50, 400]).collect();
+    let mut sampler = Sampler::default();
+    let mut outcomes = vec![];
+    for round in 0..CHOICE_ROUNDS {
+        let draw = |i: usize| Draw {
+            params: DrawParams {
+                temperature: [0.0, 0.0, 0.9][i % 3],
+                top_k: [0, 40][i % 2],
+                seed: 5,
+                // One that a kernel does not make, between others that it does.
+                epsilon_cutoff: if i == 2 && round == 3 { 1e-4 } else { 0.0 },
+                ..DrawParams::GREEDY
+            },
+            index: round as u32,
+            suppressed_ids: [&[][..], &suppressed][(i + round) % 2],
+            rules: Some(&rules[i]),
+            history: &histories[i],
+            // Every third sequence is a beam, which is not sampled.
+            beam: (i % 3 == 1).then(|| BeamDraw {
+                beam: 0,
+                score: -0.5 * round as f32,
+                count: [1, 7, 256][(i + round) % 3],
+                least_kept: 1,
+            }),
+        };
+        let phase = match round {
+            0 => Phase::Prefill,
+            _ => Phase::Decode,
+        };
+        let mut step = Step::default();
+        for (i, sequence) in sequences.iter().enumerate() {
+            let past = match round {
+                0 => 0,
+                _ => histories[i].len() - 1,
+            };
+            let draw = draw(i);
+            let by_value = round == 0 || draw.beam.is_some();
+            let keeps = !by_value && device.keeps_histories();
+            step.push(&SequenceStep {
+                slot: sequence.slot,
+                tokens: match by_value {
+                    true => Tokens::Ids(&histories[i][past..]),
+                    false => Tokens::LastSampled,
+                },
+                past_len: past as u32,
+                block_table: &sequence.block_table[..blocks_for(histories[i].len())],
+                logit_rows: LogitRows::Last,
+                draw: Some(Draw {
+                    history: if keeps { &[] } else { draw.history },
+                    ..draw
+                }),
+            });
+        }
+        step.observe.logits = true;
+        step.executable = executable(device, phase, &step);
+        let found = run(device, &step)?;
+        let (mut tokens, mut ranked) = (found.tokens.iter(), found.continuations.iter());
+        let mut wrong = None;
+        let mut next = vec![];
+        for (i, row) in found.logits.chunks_exact(vocab_size as usize).enumerate() {
+            let draw = draw(i);
+            let right = match &draw.beam {
+                None => {
+                    let expected = sampler.sample(row, &draw);
+                    next.push(expected.unwrap_or(0));
+                    tokens.next() == Some(&expected)
+                }
+                Some(beam) => {
+                    let expected = sampler.continuations(row, &draw, beam, &Taken::default());
+                    next.push(expected[0].id);
+                    ranked
+                        .next()
+                        .is_some_and(|found| same_ranking(found, &expected))
+                }
+            };
+            if !right {
+                wrong.get_or_insert(format!("sequence {i}, {:?}", rules[i].processors));
+            }
+        }
+        for (history, id) in histories.iter_mut().zip(next) {
+            history.push(id);
+        }
+        outcomes.push(Outcome {
+            case: format!("choices {case}, token {round}"),
+            passed: wrong.is_none(),
+            detail: wrong.unwrap_or_else(|| format!("{} draws", sequences.len())),
         });
     }
     Ok(outcomes)
@@ -530,5 +773,21 @@ pub fn invariance(device: &mut dyn Device, bundle: &Bundle) -> Result<Vec<Outcom
         "five tokens: decoded and prefilled",
         [&decoded, &chunk.logits],
     );
+
+    // The next one decoded where it is, and after its past has been copied.
+    let stays = part(whole, 1, LogitRows::Last);
+    let moves = Part {
+        moves: true,
+        ..part(pieces, 1, LogitRows::Last)
+    };
+    let rows: Result<Vec<Vec<f32>>, DeviceError> = [stays, moves]
+        .into_iter()
+        .map(|part| {
+            let step = world.step(device, Phase::Decode, &[part]);
+            Ok(run(device, &step)?.logits)
+        })
+        .collect();
+    let rows = rows?;
+    same("a past: where it is and copied", [&rows[0], &rows[1]]);
     Ok(outcomes)
 }

@@ -8,8 +8,8 @@
 
 use crate::emulation::EmulatedDriver;
 use kiln_bundle::{
-    Argument, BLOCK_TOKENS, Bundle, DType, Executable, Image, Launch, MANIFEST_FILE, Manifest,
-    StepCounts, StepDraw, StepPointers, StepSequence, StepTile, Target, kv_layer_bytes,
+    Argument, BLOCK_TOKENS, BlockCopies, Bundle, DType, Executable, Image, Launch, MANIFEST_FILE,
+    Manifest, StepCounts, StepDraw, StepPointers, StepSequence, StepTile, Target, kv_layer_bytes,
 };
 use kiln_runtime::device::cuda::{
     BoundLaunch, DeviceAddress, Driver, DriverError, GpuFacts, GraphHandle, KernelHandle,
@@ -161,6 +161,11 @@ fn temporary(
             last,
             u64::from(executable.bounds.max_logit_rows) * blocks * 8,
         )),
+        // A row of scores for each draw.
+        "sample" => {
+            let vocab_size: u64 = words.next()?.parse().ok()?;
+            Some((last, blocks * vocab_size * 4))
+        }
         // A part for each of a block's chunks, which are its warps.
         "attention" if words.next()? == "decode" => Some((4, blocks * warps * (head_dim + 2) * 4)),
         _ => None,
@@ -251,6 +256,28 @@ impl FencedDriver {
         self.driver.hide(&written.collect::<Vec<_>>());
     }
 
+    /// Copies blocks while all others are forbidden.
+    fn copy_blocks(&mut self, launch: &BoundLaunch) -> Result<(), DriverError> {
+        let (words, _) = launch.parameters[0].as_chunks::<4>();
+        let cache = launch.parameters[1].first_chunk();
+        let cache = u64::from_le_bytes(*cache.expect("an address"));
+        let (all, _) = self.find(cache).expect("an allocation").clone();
+        let block_bytes = self.fences.block_bytes;
+        let words = words.iter().take(2 * launch.grid[1] as usize);
+        let blocks: Vec<(DeviceAddress, u64)> = words
+            .map(|&word| u64::from(u32::from_le_bytes(word)) * block_bytes)
+            .map(|offset| (DeviceAddress(cache + offset), block_bytes))
+            .collect();
+        self.driver.poison(DeviceAddress(cache), all.end - cache);
+        for &(at, bytes) in &blocks {
+            self.driver.unpoison(at, bytes);
+        }
+        self.driver.hide(&blocks);
+        self.driver.launch(launch)?;
+        self.driver.unpoison(DeviceAddress(cache), all.end - cache);
+        Ok(())
+    }
+
     /// Forbids what a step's lists do not use of their room.
     fn fence_lists(&mut self, pointers: &StepPointers, counts: &StepCounts) {
         let used = [
@@ -334,6 +361,9 @@ fn pointers(bytes: &[u8]) -> Option<StepPointers> {
         lists: at(offset_of!(StepPointers, lists))?,
         last_sampled: at(offset_of!(StepPointers, last_sampled))?,
         chosen: at(offset_of!(StepPointers, chosen))?,
+        continuations: at(offset_of!(StepPointers, continuations))?,
+        histories: at(offset_of!(StepPointers, histories))?,
+        token_counts: at(offset_of!(StepPointers, token_counts))?,
     })
 }
 
@@ -392,6 +422,9 @@ impl Driver for FencedDriver {
     }
 
     fn launch(&mut self, launch: &BoundLaunch) -> Result<(), DriverError> {
+        if launch.parameters[0].len() == size_of::<BlockCopies>() {
+            return self.copy_blocks(launch);
+        }
         self.fence(launch);
         self.driver.launch(launch)
     }

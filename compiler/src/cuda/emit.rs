@@ -8,7 +8,7 @@ use askama::Template;
 use kiln_bundle::{Activation, DType, Norm};
 
 /// Headers of the kernels, by the name that sources include them by.
-pub const HEADERS: [(&str, &str); 7] = [
+pub const HEADERS: [(&str, &str); 9] = [
     (
         "kiln/ptx.cuh",
         include_str!("../../../templates/kiln/ptx.cuh"),
@@ -36,6 +36,14 @@ pub const HEADERS: [(&str, &str); 7] = [
     (
         "kiln/sampling.cuh",
         include_str!("../../../templates/kiln/sampling.cuh"),
+    ),
+    (
+        "kiln/processors.cuh",
+        include_str!("../../../templates/kiln/processors.cuh"),
+    ),
+    (
+        "kiln/beams.cuh",
+        include_str!("../../../templates/kiln/beams.cuh"),
     ),
 ];
 
@@ -359,6 +367,17 @@ pub(super) struct SampleText<'a> {
     pub vocab_size: u32,
     /// Blocks of the LM head that left their best token; 0 where they did not.
     pub blocks: u32,
+}
+
+/// Copies of blocks of the KV cache.
+#[derive(Template)]
+#[template(path = "copy_blocks.cu")]
+pub(super) struct CopyBlocksText<'a> {
+    pub entry: &'a str,
+    pub vectors: u64,
+    pub depth: u64,
+    /// Most copies of a launch.
+    pub copies: usize,
 }
 
 /// A finite number as CUDA spells it, without its suffix.

@@ -9,13 +9,16 @@
 
 use super::{
     Cache, CudaTarget, EmittedKernel, HEADERS, Kernel, Kernels, LowerError, Nvrtc, Resources,
-    build_with, check, lower,
+    build_with, check, copy_blocks, lower,
 };
 use crate::{CompileError, Progress};
-use kiln_bundle::{BundleWriter, DType, Executable, Image, ModelInfo, Program, WriteError};
+use kiln_bundle::{
+    BundleWriter, CopyLaunch, DType, Executable, Image, ModelInfo, Program, WriteError,
+};
 use std::collections::BTreeMap;
 
-/// Gives every executable its launches. Returns the kernels that they name.
+/// Gives every executable its launches. Returns the kernels that they name, and the launch that copies
+/// blocks.
 ///
 /// # Errors
 /// A model that the kernels cannot run.
@@ -24,7 +27,7 @@ pub fn lower_all(
     executables: &mut [Executable],
     model: &ModelInfo,
     dtype: DType,
-) -> Result<Vec<Kernel>, LowerError> {
+) -> Result<(Vec<Kernel>, CopyLaunch), LowerError> {
     check(model, dtype, programs)?;
     let mut kernels = Kernels::default();
     for executable in executables {
@@ -35,7 +38,8 @@ pub fn lower_all(
         executable.workspace_bytes = lowered.workspace_bytes;
         executable.counters = lowered.counters;
     }
-    Ok(kernels.into_vec())
+    let copy_blocks = copy_blocks(model, dtype, &mut kernels)?;
+    Ok((kernels.into_vec(), copy_blocks))
 }
 
 /// Compiles the kernels for each target and writes them into the bundle. Without a toolchain, only

@@ -5,12 +5,13 @@
 //! coarse bound on its rows.
 
 use super::emit::{
-    self, AttentionDecodeText, AttentionPrefillText, EmbedText, Epilogue, GemmText, Input,
-    LinearText, NormText, Output, RowsText, SampleText, element, number,
+    self, AttentionDecodeText, AttentionPrefillText, CopyBlocksText, EmbedText, Epilogue, GemmText,
+    Input, LinearText, NormText, Output, RowsText, SampleText, element, number,
 };
 use kiln_bundle::{
-    Argument, BLOCK_TOKENS, Bounds, BufferId, DType, KernelSpec, Launch, Linear, ModelInfo, Norm,
-    Phase, Program, Residual, RowKind, Rows, TILE_QUERIES,
+    Argument, BLOCK_TOKENS, Bounds, BufferId, COPIES_PER_LAUNCH, CopyLaunch, DType, KernelSpec,
+    Launch, Linear, ModelInfo, Norm, Phase, Program, Residual, RowKind, Rows, TILE_QUERIES,
+    kv_layer_bytes,
     packing::{TILE_K, TILE_N},
 };
 use std::{cmp::Reverse, collections::HashMap};
@@ -40,6 +41,8 @@ const BUSY_GRID: u32 = 200;
 const WEIGHTS_IN_FLIGHT: u32 = 8;
 /// The same where several tiles of rows take their share of the registers.
 const WEIGHTS_IN_FLIGHT_MANY: u32 = 4;
+/// Vectors of 16 bytes that a thread has under way where blocks are copied.
+const COPIES_IN_FLIGHT: u64 = 4;
 /// Alignment of what lies in the workspace.
 const WORKSPACE_ALIGN_BYTES: u64 = 256;
 
@@ -205,6 +208,34 @@ pub fn lower(
         launches: lowering.launches,
         workspace_bytes: lowering.workspace_bytes,
         counters: lowering.counters,
+    })
+}
+
+/// The launch that copies blocks of the KV cache; its kernel joins `kernels`.
+///
+/// # Errors
+/// [`LowerError::Template`].
+pub fn copy_blocks(
+    model: &ModelInfo,
+    dtype: DType,
+    kernels: &mut Kernels,
+) -> Result<CopyLaunch, LowerError> {
+    let layer_bytes = kv_layer_bytes(u64::from(model.hidden_size), dtype.size_bytes() as u64);
+    let vectors = u64::from(model.layers) * layer_bytes / 16;
+    let name = format!("copy_blocks_{vectors}");
+    let image = kernels.add(&name, THREADS, 0, |entry| {
+        emit::render(&CopyBlocksText {
+            entry,
+            vectors,
+            depth: COPIES_IN_FLIGHT,
+            copies: COPIES_PER_LAUNCH,
+        })
+    })?;
+    let grid_x = vectors.div_ceil(u64::from(THREADS) * COPIES_IN_FLIGHT);
+    Ok(CopyLaunch {
+        image,
+        // Dimensions of a model are below 2^24, and its layers few.
+        grid_x: u32::try_from(grid_x).unwrap_or(u32::MAX),
     })
 }
 
@@ -855,6 +886,9 @@ impl Lowering<'_> {
                 Argument::Workspace { offset_bytes },
             );
         }
+        let score_bytes = u64::from(self.bounds.max_sequences) * u64::from(vocab_size) * 4;
+        let offset_bytes = self.temporary(score_bytes);
+        parameters.add("float* scores", Argument::Workspace { offset_bytes });
         let blocks = self.best.map_or(0, |best| best.blocks);
         let name = match blocks {
             0 => format!("sample_{vocab_size}"),

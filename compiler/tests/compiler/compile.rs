@@ -358,9 +358,9 @@ fn manifests_that_lie_are_refused() {
         assert!(error.contains(message), "found: {error}\nneeded: {message}");
     };
     refused(
-        "\"format_version\": 3",
         "\"format_version\": 4",
-        "has bundle format 4 (written by kiln 0.1.0); this kiln reads format 3: use a newer kiln",
+        "\"format_version\": 5",
+        "has bundle format 5 (written by kiln 0.1.0); this kiln reads format 4: use a newer kiln",
     );
     refused(
         "\"layers\": 3",
@@ -565,6 +565,18 @@ fn launches_that_lie_are_refused() {
             launch(m, "arguments", argument(workspace));
         },
         "workspace has no byte",
+    );
+    refused(
+        &|m| m["targets"][0]["copy_blocks"]["image"] = 999.into(),
+        "copy_blocks: image 999 does not exist",
+    );
+    refused(
+        &|m| m["targets"][0]["copy_blocks"]["grid_x"] = 0.into(),
+        "copy_blocks: grid_x is 0",
+    );
+    refused(
+        &|m| m["targets"][0]["copy_blocks"] = serde_json::Value::Null,
+        "copy_blocks: a target with images has one",
     );
     refused(
         &|m| m["targets"][0]["images"][0]["entry"] = "a b".into(),

@@ -2,7 +2,9 @@
 //! of them as machine code.
 
 use crate::sass::{count, nvrtc_folder, opcodes, sass};
-use kiln_bundle::{Argument, Bounds, DType, Executable, KernelSpec, ModelInfo, Phase, Program};
+use kiln_bundle::{
+    Argument, Bounds, CopyLaunch, DType, Executable, KernelSpec, ModelInfo, Phase, Program,
+};
 use kiln_compiler::{
     CompileOptions, Silent,
     cuda::{
@@ -20,6 +22,7 @@ struct Lowered {
     programs: Vec<Program>,
     executables: Vec<Executable>,
     kernels: Vec<Kernel>,
+    copy_blocks: CopyLaunch,
 }
 
 fn info(config: &ModelConfig) -> ModelInfo {
@@ -57,11 +60,12 @@ fn lowered(config: ModelConfig, dtype: DType, options: &CompileOptions) -> Lower
     };
     let buckets = options.buckets(&limits).unwrap();
     let mut executables: Vec<Executable> = buckets.into_iter().map(executable).collect();
-    let kernels = lower_all(&programs, &mut executables, &model, dtype).unwrap();
+    let (kernels, copy_blocks) = lower_all(&programs, &mut executables, &model, dtype).unwrap();
     Lowered {
         programs: programs.to_vec(),
         executables,
         kernels,
+        copy_blocks,
     }
 }
 
@@ -167,6 +171,17 @@ fn grids_cover_the_bounds_and_workspaces_what_is_in_them() {
 }
 
 #[test]
+fn all_of_a_block_is_copied() {
+    let lowered = model("opt-2.7b");
+    let CopyLaunch { image, grid_x } = lowered.copy_blocks;
+    // 32 layers of keys and values, 2560 wide, of 16 positions, in vectors of 16 bytes.
+    let vectors: u32 = 32 * 2 * 2560 * 16 * 2 / 16;
+    let kernel = &lowered.kernels[image as usize];
+    assert_eq!(kernel.entry, format!("copy_blocks_{vectors}"));
+    assert_eq!(grid_x, vectors.div_ceil(kernel.block_threads * 4));
+}
+
+#[test]
 fn what_the_kernels_cannot_run_is_refused() {
     let mut config = builtin("opt-125m").unwrap();
     let programs = [Phase::Prefill, Phase::Decode]
@@ -195,6 +210,7 @@ fn sources_read_as_cuda() {
         "rows_norm_768_f16_tokens",
         "gemm_768x3072_b64x64_bias_relu_f16",
         "attention_prefill_h12_d64_f16",
+        "copy_blocks_36864",
     ] {
         insta::assert_snapshot!(entry, opt.kernel(entry).source);
     }
@@ -303,6 +319,10 @@ fn check_machine_code(kernels: &[Kernel], targets: &[CudaTarget]) {
                 assert!(tensor_cores, "{place} has no tensor-core instruction");
             }
             _ => {}
+        }
+        if kind(&kernel.entry) == "copy" {
+            assert_eq!(count(&opcodes, "LDG", "128"), 4, "{place}");
+            assert_eq!(count(&opcodes, "STG", "128"), 4, "{place}");
         }
         if built.arch == "sm_90a" {
             // Every kernel waits for the one before, and lets the one behind it start.

@@ -35,6 +35,25 @@ pub struct Launch {
     pub arguments: Vec<Argument>,
 }
 
+/// How a target copies blocks of the KV cache. The number of copies differs from step to step, so they
+/// are no part of an executable's launches: they are made before those.
+///
+/// The image's parameters are a [`BlockCopies`], by value, and the address of block 0 of the cache.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyLaunch {
+    /// Index into the target's images.
+    pub image: u32,
+    /// Blocks along x, which share a copy. Along y there is one for each copy.
+    pub grid_x: u32,
+}
+
+/// Most copies of a launch.
+pub const COPIES_PER_LAUNCH: usize = 64;
+
+/// The copies of a launch, made at once: blocks to read and to write. Those beyond the launch's grid
+/// mean nothing.
+pub type BlockCopies = [[u32; 2]; COPIES_PER_LAUNCH];
+
 /// What a parameter of an entry point is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -93,12 +112,20 @@ pub struct StepPointers {
     pub tiles: u64,
     /// [`StepDraw`], one for each sequence that draws.
     pub draws: u64,
-    /// u32: block tables and suppressed ids, found by the offsets of sequences and draws.
+    /// u32: block tables and what processors read, found by the offsets of sequences and draws.
     pub lists: u64,
     /// u32 by slot: the token last chosen for it.
     pub last_sampled: u64,
     /// u32 by draw: the token chosen, [`NO_TOKEN`] where the row is no finite number.
     pub chosen: u64,
+    /// [`StepContinuation`], found by the offsets of draws: what draws of continuations give. The first has
+    /// [`NO_TOKEN`] where the row is no finite number.
+    pub continuations: u64,
+    /// u32: the tokens of the slots' sequences, found by the offsets of draws.
+    pub histories: u64,
+    /// u32 (slots, V): how often each token of the vocabulary was generated, and in the highest bit
+    /// whether the prompt has it. Of use for slots whose draws keep a history.
+    pub token_counts: u64,
 }
 
 /// Added to a slot in [`StepPointers::token_ids`].
@@ -154,10 +181,80 @@ pub struct StepDraw {
     pub seed_low: u32,
     /// And high word.
     pub seed_high: u32,
+    /// Whether processors change the scores: whether anything but `forced` follows from the fields below.
+    pub processed: u32,
+    /// The token that is chosen whatever the scores; [`NO_TOKEN`] for none.
+    pub forced: u32,
+    /// Where its slot's history starts in [`StepPointers::histories`].
+    pub history: u32,
+    /// Tokens of the history before this draw, whose token is appended; 0 where none is kept.
+    pub history_len: u32,
+    /// How many of them are the prompt's.
+    pub prompt_len: u32,
+    /// Where the history comes from: the slot has it and its counts (0), it lies in
+    /// [`StepPointers::lists`] (1), the slot has it but for the counts (2).
+    pub given: u32,
+    /// Where it starts in [`StepPointers::lists`].
+    pub given_from: u32,
+    /// Where its biases start in [`StepPointers::lists`], each a [`TokenRule`], by rising token.
+    pub biases: u32,
+    /// How many there are.
+    pub biases_len: u32,
+    /// Divides positive scores and multiplies negative ones of tokens of the history; 1 for none.
+    pub repetition_penalty: f32,
+    /// Subtracted from scores of generated tokens.
+    pub presence_penalty: f32,
+    /// Subtracted as often as they have been generated.
+    pub frequency_penalty: f32,
+    /// So many tokens in a row occur once; 0 is no limit.
+    pub no_repeat_ngram_size: u32,
+    /// Where its forbidden sequences start in [`StepPointers::lists`], each a [`TokenRule`].
+    pub words: u32,
+    /// How many there are.
+    pub words_len: u32,
     /// Where its suppressed ids start in [`StepPointers::lists`].
     pub suppressed: u32,
     /// How many there are.
     pub suppressed_len: u32,
+    /// Where the ids start in [`StepPointers::lists`] whose scores are raised.
+    pub ends: u32,
+    /// How many there are.
+    pub ends_len: u32,
+    /// The share of a score's magnitude that they are raised by.
+    pub ending_share: f32,
+    /// Of a draw of continuations: the beam's score so far.
+    pub beam_score: f32,
+    /// Where they start in [`StepPointers::continuations`].
+    pub continuations: u32,
+    /// How many are wanted, at most [`MAX_CONTINUATIONS`]; 0 where a token is drawn.
+    pub continuations_len: u32,
+}
+
+/// Most continuations of a draw.
+pub const MAX_CONTINUATIONS: u32 = 256;
+
+/// A token whose score changes where its sequence ends in certain tokens.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenRule {
+    /// The token, of the vocabulary.
+    pub token: u32,
+    /// What is added, where it is a bias.
+    pub bias: f32,
+    /// Where the tokens before it start in [`StepPointers::lists`].
+    pub before: u32,
+    /// How many there are.
+    pub before_len: u32,
+}
+
+/// A token after a beam.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepContinuation {
+    /// The token.
+    pub token: u32,
+    /// The beam's score with it.
+    pub score: f32,
 }
 
 /// Bytes of one layer's keys and values in a block of a CUDA target's KV cache.

@@ -19,8 +19,9 @@ pub use dtype::{DType, UnknownDType};
 pub use format::{GroupSize, IntFormat, UnknownFormat, WeightFormat};
 pub use kernel::{Activation, BufferId, KernelSpec, Linear, Norm, Residual, Rows};
 pub use launch::{
-    Argument, Image, LAST_SAMPLED, Launch, NO_TOKEN, StepCounts, StepDraw, StepPointers,
-    StepSequence, StepTile, TILE_QUERIES, kv_layer_bytes,
+    Argument, BlockCopies, COPIES_PER_LAUNCH, CopyLaunch, Image, LAST_SAMPLED, Launch,
+    MAX_CONTINUATIONS, NO_TOKEN, StepContinuation, StepCounts, StepDraw, StepPointers,
+    StepSequence, StepTile, TILE_QUERIES, TokenRule, kv_layer_bytes,
 };
 pub use manifest::{
     ALIGN_BYTES, BLOCK_TOKENS, Bounds, Buffer, Executable, FORMAT_VERSION, FileRecord, Limits,

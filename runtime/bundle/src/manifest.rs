@@ -1,13 +1,14 @@
 //! `bundle.json`: what a bundle holds. Plain data; [`crate::verify`] says when it is sound.
 
 use crate::{
-    BufferId, DType, Image, KernelSpec, Launch, Linear, Norm, WeightFormat, packing::Layout,
+    BufferId, CopyLaunch, DType, Image, KernelSpec, Launch, Linear, Norm, WeightFormat,
+    packing::Layout,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
@@ -100,6 +101,9 @@ pub struct Target {
     /// The kernels of a CUDA target.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub images: Vec<Image>,
+    /// How a CUDA target copies blocks of its KV cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_blocks: Option<CopyLaunch>,
 }
 
 impl Target {

@@ -12,7 +12,8 @@
 //! - hidden states number L+1, and their kernels write the buffers that they name;
 //! - matrices of integers are in panels, and every exception from the target's format is a matrix;
 //! - launches name kernels, images, buffers, layers and weights that exist, lie in their workspace
-//!   and go through the program's kernels in order.
+//!   and go through the program's kernels in order;
+//! - a target has images, launches and a launch that copies blocks, or none of them.
 //!
 //! Weights are checked against the weight file by the reader, from [`Program::weight_uses`].
 
@@ -27,8 +28,9 @@ const MAX_DIMENSION: u32 = 1 << 24;
 /// Upper bound of a program's kernels and buffers: far above any model, far below memory.
 const MAX_ITEMS: usize = 1 << 16;
 
-/// Upper bounds of CUDA on a block and on the grid's y and z.
+/// Upper bounds of CUDA on a block and on the grid's x, and its y and z.
 const MAX_BLOCK_THREADS: u32 = 1024;
+const MAX_GRID_X: u32 = i32::MAX as u32;
 const MAX_GRID_YZ: u32 = 65535;
 
 /// A manifest that contradicts itself: the writer's mistake, or a damaged bundle.
@@ -211,6 +213,7 @@ fn verify_target(manifest: &Manifest, target: &Target) -> Check {
         verify_image(manifest, image)
             .map_err(|error| within(&format!("{place}, image {index}"), error))?;
     }
+    verify_copies(target).map_err(|error| within(&format!("{place}, copy_blocks"), error))?;
     for executable in &target.executables {
         verify_executable(manifest, target, executable)
             .map_err(|error| within(&format!("{place}, executable {}", executable.name), error))?;
@@ -586,6 +589,19 @@ fn verify_image(manifest: &Manifest, image: &Image) -> Check {
     Ok(())
 }
 
+fn verify_copies(target: &Target) -> Check {
+    match &target.copy_blocks {
+        Some(launch) if launch.image as usize >= target.images.len() => {
+            fail("", format!("image {} does not exist", launch.image))
+        }
+        Some(launch) if launch.grid_x == 0 || launch.grid_x > MAX_GRID_X => {
+            fail("", format!("grid_x is {}", launch.grid_x))
+        }
+        None if !target.images.is_empty() => fail("", "a target with images has one"),
+        Some(_) | None => Ok(()),
+    }
+}
+
 fn verify_launches(
     manifest: &Manifest,
     target: &Target,
@@ -613,7 +629,7 @@ fn verify_launches(
         }
         last = launch.kernel;
         let [x, y, z] = launch.grid;
-        if x == 0 || y == 0 || z == 0 || x > i32::MAX as u32 || y.max(z) > MAX_GRID_YZ {
+        if x == 0 || y == 0 || z == 0 || x > MAX_GRID_X || y.max(z) > MAX_GRID_YZ {
             return fail(&place, format!("grid is {x} x {y} x {z}"));
         }
         for argument in &launch.arguments {

@@ -40,6 +40,12 @@ pub trait Device: Send {
     /// `submit` returns.
     fn pipeline_depth(&self) -> usize;
 
+    /// Whether slots keep the tokens of their sequences, so that a draw that reads them
+    /// ([`Rules::read_history`]) can follow one that is in flight.
+    fn keeps_histories(&self) -> bool {
+        false
+    }
+
     /// Starts a step. The device takes what it needs of `step` before it returns.
     ///
     /// # Errors

@@ -145,7 +145,8 @@ pub struct Draw<'a> {
     pub suppressed_ids: &'a [u32],
     /// What changes the scores before; none where nothing does.
     pub rules: Option<&'a Arc<Rules>>,
-    /// Prompt and generated tokens, where [`Rules::read_history`]; else it may be empty.
+    /// Prompt and generated tokens, where [`Rules::read_history`]; else, and where the sequence is fed what
+    /// a slot holds that keeps them, it may be empty.
     pub history: &'a [u32],
     /// Set where the row belongs to a beam: then its best continuations are chosen.
     pub beam: Option<BeamDraw>,

@@ -114,11 +114,20 @@ impl Rules {
     }
 
     /// The token that this index must have. At maximal length both may apply; the end comes last.
-    fn forced(&self, index: u32) -> Option<u32> {
+    pub(crate) fn forced(&self, index: u32) -> Option<u32> {
         let ends = index + 1 == self.max_new_tokens;
         let begins = index == 0 && self.prompt_len == 1;
         let end = self.processors.forced_eos_token_id.filter(|_| ends);
         end.or(self.processors.forced_bos_token_id.filter(|_| begins))
+    }
+
+    /// The share of their magnitude by which the scores of the tokens that end the sequence rise for
+    /// this index: `factor^(index - start) - 1`, from the first index behind `start`.
+    pub(crate) fn ending_share(&self, index: u32) -> Option<f32> {
+        let (start, factor) = self.processors.exponential_decay_length_penalty?;
+        let power = index.checked_sub(start).filter(|&power| power > 0)?;
+        let power = i32::try_from(power).unwrap_or(i32::MAX);
+        Some((f64::from(factor).powi(power) - 1.0).min(f64::from(f32::MAX)) as f32)
     }
 }
 
@@ -159,8 +168,8 @@ pub(super) fn process(
     if let Some(id) = rules.forced(draw.index) {
         force(scores, id);
     }
-    if let Some((start, factor)) = p.exponential_decay_length_penalty {
-        favour_ending(scores, eos, draw.index, start, factor);
+    if let Some(share) = rules.ending_share(draw.index) {
+        favour_ending(scores, eos, share);
     }
 }
 
@@ -256,14 +265,9 @@ fn force(scores: &mut [f32], id: u32) {
     change(scores, id, |_| 0.0);
 }
 
-/// `score += |score| * (factor^(index - start) - 1)` for the tokens that end a sequence, from the
-/// first index behind `start` (`ExponentialDecayLengthPenalty`). What is forbidden stays so.
-fn favour_ending(scores: &mut [f32], eos: &[u32], index: u32, start: u32, factor: f32) {
-    let Some(power) = index.checked_sub(start).filter(|&power| power > 0) else {
-        return;
-    };
-    let power = i32::try_from(power).unwrap_or(i32::MAX);
-    let share = (f64::from(factor).powi(power) - 1.0).min(f64::from(f32::MAX)) as f32;
+/// `score += |score| * share` for the tokens that end a sequence (`ExponentialDecayLengthPenalty`). What
+/// is forbidden stays so.
+fn favour_ending(scores: &mut [f32], eos: &[u32], share: f32) {
     for &id in eos {
         change(scores, id, |score| match score.is_finite() {
             true => score + score.abs() * share,
@@ -563,7 +567,12 @@ mod tests {
         };
         check(&scores, &[0; 5], both, &[1.0, 1.0, OUT, 1.0]);
         let mut scores = [0.0, 5.0];
-        favour_ending(&mut scores, &[0, 1], 4_000_000, 0, 9.0);
+        let processors = Processors {
+            exponential_decay_length_penalty: Some((0, 9.0)),
+            ..Processors::NONE
+        };
+        let share = rules(processors, 2).ending_share(4_000_000).unwrap();
+        favour_ending(&mut scores, &[0, 1], share);
         assert_eq!(scores, [0.0, f32::MAX]);
     }
 

@@ -6,7 +6,9 @@ use clap::{Parser, ValueEnum};
 use kiln_bundle::{Bundle, DType};
 use kiln_compiler::{TargetChoice, cuda::native_gpu};
 use kiln_runtime::device::{CpuDevice, CpuOptions, CudaOptions, Device, DeviceChoice, LoadOptions};
-use kiln_tests::conformance::{Outcome, Subject, accuracy, crowd, invariance, subjects};
+use kiln_tests::conformance::{
+    CHOICES, Outcome, Subject, accuracy, choices, crowd, invariance, subjects,
+};
 use serde_json::json;
 use std::{io::Write, process::ExitCode};
 
@@ -126,7 +128,12 @@ fn check(subject: &Subject, dtype: DType, arguments: &Arguments) -> Result<Vec<O
         let mut device = open(&bundle, arguments)?;
         outcomes.extend(part(&mut reference, device.as_mut(), &bundle, dtype)?);
     }
-    outcomes.extend(invariance(open(&bundle, arguments)?.as_mut(), &bundle)?);
+    let mut device = open(&bundle, arguments)?;
+    outcomes.extend(invariance(device.as_mut(), &bundle)?);
+    // On one device, so that slots come to other sequences.
+    for case in 0..CHOICES {
+        outcomes.extend(choices(device.as_mut(), &bundle, case)?);
+    }
     Ok(outcomes)
 }
 

@@ -1,7 +1,7 @@
 //! What launch records name, as addresses.
 
 use super::step_lists::{StepLayout, pointer_bytes};
-use super::{BoundLaunch, CudaPlan, DeviceAddress, Driver, KernelHandle, KernelImage};
+use super::{BoundLaunch, Copier, CudaPlan, DeviceAddress, Driver, KernelHandle, KernelImage};
 use crate::device::DeviceError;
 use kiln_bundle::{Argument, Bundle, Executable, StepPointers, WeightFile, kv_layer_bytes};
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ const TENSOR_ALIGN_BYTES: u64 = 256;
 const UPLOAD_BYTES: usize = 4 << 20;
 
 /// Where a target's memory lies on the device.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Addresses {
     pub(super) weights: DeviceAddress,
     pub(super) arena: DeviceAddress,
@@ -25,6 +25,12 @@ pub(super) struct Addresses {
     pub(super) last_sampled: DeviceAddress,
     /// u32 by draw.
     pub(super) chosen: DeviceAddress,
+    /// Behind `chosen`, so that both come to the host in one copy.
+    pub(super) continuations: DeviceAddress,
+    /// u32, [`SlotGround::history_stride`](super::step_lists::SlotGround) for each slot.
+    pub(super) histories: DeviceAddress,
+    /// u32 (slots, V).
+    pub(super) token_counts: DeviceAddress,
 }
 
 /// Where each tensor lies in the memory of the weights.
@@ -94,8 +100,10 @@ pub(super) fn load_kernels(
     let target = plan.target;
     let mut kernels = vec![None; target.images.len()];
     let launches = target.executables.iter().flat_map(|e| &e.launches);
-    for launch in launches {
-        let index = launch.image as usize;
+    let images = launches.map(|launch| launch.image);
+    let copies = target.copy_blocks.iter().map(|launch| launch.image);
+    for index in images.chain(copies) {
+        let index = index as usize;
         if kernels[index].is_some() {
             continue;
         }
@@ -122,7 +130,7 @@ pub(super) fn bind(
     addresses: &Addresses,
 ) -> Result<Vec<BoundLaunch>, DeviceError> {
     let program = &plan.target.programs[executable.program as usize];
-    let step = layout.pointers(addresses.step, addresses.last_sampled, addresses.chosen);
+    let step = layout.pointers(addresses);
     let bound = |launch: &kiln_bundle::Launch| {
         let kernel = &program.kernels[launch.kernel as usize];
         let place = format!(
@@ -145,6 +153,23 @@ pub(super) fn bind(
         })
     };
     executable.launches.iter().map(bound).collect()
+}
+
+/// The launch that copies blocks.
+pub(super) fn bind_copier(
+    plan: &CudaPlan<'_>,
+    kernels: &[Option<KernelHandle>],
+    addresses: &Addresses,
+) -> Result<Copier, DeviceError> {
+    let launch = plan.target.copy_blocks.as_ref();
+    let bound = launch.and_then(|launch| {
+        Some(Copier {
+            kernel: kernels[launch.image as usize]?,
+            grid_x: launch.grid_x,
+            kv_cache: addresses.kv_cache,
+        })
+    });
+    bound.ok_or_else(|| plan.error("it has no launch that copies blocks"))
 }
 
 /// The bytes of a parameter; none for a tensor that the weight file lacks.

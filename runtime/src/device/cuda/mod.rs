@@ -1,13 +1,15 @@
 //! CUDA devices: launch the records of a bundle's target on a GPU, through a [`Driver`].
 //!
 //! Everything is allocated when a bundle is loaded: weights, one arena and one workspace that the
-//! executables share, the KV cache, and the lists of a step. A step copies its lists, enqueues its
-//! executable's chain of launches, and copies the chosen tokens back. Nothing in between waits for
+//! executables share, the KV cache, and the lists of a step. A step enqueues its copies of KV blocks,
+//! copies its lists, enqueues its executable's chain of launches, and copies the chosen tokens back. Nothing in between waits for
 //! the host, so the next step can be enqueued before the tokens of the last one are read, except where
 //! the host is to see rows or to choose tokens itself.
 
 mod arch;
 mod bind;
+mod copies;
+mod draws;
 mod driver;
 mod host_draws;
 mod nvidia;
@@ -25,14 +27,17 @@ pub use nvidia::{NvidiaDriver, NvidiaGpu};
 
 use super::check::{Ground, check_step};
 use super::memory::{Room, plan_memory};
-use super::{Device, DeviceError, DeviceFacts, Observe, Step, StepId, StepOutput};
-use crate::sampling::Sampler;
+use super::{Device, DeviceError, DeviceFacts, Observe, Step, StepId, StepOutput, Tokens};
+use crate::sampling::{Continuation, Draw, Sampler};
 use bind::{Addresses, WeightPlan};
+use copies::Copier;
+use draws::{Slot, history_len, is_made_by_kernel};
 use kiln_bundle::{
-    Bundle, Executable, ModelInfo, NO_TOKEN, Target, WeightFile, kv_layer_bytes, packing::Layout,
+    Bundle, Executable, MAX_CONTINUATIONS, ModelInfo, NO_TOKEN, StepContinuation, Target,
+    WeightFile, kv_layer_bytes, packing::Layout,
 };
 use std::collections::VecDeque;
-use step_lists::StepLayout;
+use step_lists::{SlotGround, StepLayout};
 
 /// The part of the memory left beside weights and activations that the KV cache takes at most,
 /// unless a size is asked for.
@@ -71,11 +76,13 @@ pub struct CudaDevice<D> {
     addresses: Addresses,
     /// By executable.
     chains: Vec<Chain>,
+    copier: Copier,
     graphs: bool,
     /// The lists of the step at hand.
     lists: Vec<u32>,
-    /// By slot: whether it holds a token.
-    sampled: Vec<bool>,
+    slots: Vec<Slot>,
+    /// Words between the histories of two slots.
+    history_stride: u32,
     /// For the draws that kernels do not make.
     sampler: Sampler,
     next_step: u64,
@@ -93,7 +100,8 @@ struct Chain {
 struct InFlight {
     id: StepId,
     executable: usize,
-    draws: u32,
+    /// By draw of a kernel: how many continuations it gives, or 0 for a token.
+    draws: Vec<u32>,
     result: Pending,
 }
 
@@ -174,7 +182,18 @@ impl<D: Driver> CudaDevice<D> {
         let counter_bytes = plan.largest(|e| u64::from(e.counters)) * word;
         let step_bytes = plan.largest(|e| StepLayout::new(&e.bounds).bytes());
         let slot_bytes = u64::from(slots) * word;
-        let chosen_bytes = plan.largest(|e| u64::from(e.bounds.max_sequences)) * word;
+        let draws = plan.largest(|e| u64::from(e.bounds.max_sequences));
+        // Continuations, of two words, lie behind them.
+        let chosen_bytes = (draws * word).next_multiple_of(size_of::<StepContinuation>() as u64);
+        let continuation_bytes =
+            draws * u64::from(MAX_CONTINUATIONS) * size_of::<StepContinuation>() as u64;
+        // A draw appends to what its sequence has.
+        let history_stride = plan.largest(|e| u64::from(e.bounds.max_kv_len)) + 1;
+        let history_words = u64::from(slots).saturating_mul(history_stride);
+        if u32::try_from(history_words).is_err() {
+            return Err(plan.error("its slots keep more tokens than kernels can count"));
+        }
+        let count_words = u64::from(slots).saturating_mul(manifest.model.vocab_size.into());
         let gpu = driver.facts();
         let name = format!("cuda:{} ({}, {})", options.ordinal, gpu.name, target.name);
         let available = gpu.free_bytes;
@@ -184,7 +203,9 @@ impl<D: Driver> CudaDevice<D> {
             counter_bytes,
             step_bytes,
             slot_bytes,
-            chosen_bytes,
+            chosen_bytes + continuation_bytes,
+            history_words * word,
+            count_words.saturating_mul(word),
         ];
         let room = Room {
             place: &name,
@@ -203,7 +224,7 @@ impl<D: Driver> CudaDevice<D> {
             let address = driver.allocate(bytes);
             address.map_err(|error| error.at(|| format!("{bytes} bytes for {what}")))
         };
-        let addresses = Addresses {
+        let mut addresses = Addresses {
             weights: allocate("weights", weight_plan.bytes)?,
             arena: allocate("activations", arena_bytes)?,
             workspace: allocate("the workspace", workspace_bytes)?,
@@ -211,8 +232,12 @@ impl<D: Driver> CudaDevice<D> {
             kv_cache: allocate("the KV cache", memory.kv_bytes)?,
             step: allocate("a step's lists", step_bytes)?,
             last_sampled: allocate("sampled tokens", slot_bytes)?,
-            chosen: allocate("chosen tokens", chosen_bytes)?,
+            chosen: allocate("chosen tokens", chosen_bytes + continuation_bytes)?,
+            histories: allocate("histories", history_words * word)?,
+            token_counts: allocate("counts of tokens", count_words.saturating_mul(word))?,
+            ..Addresses::default()
         };
+        addresses.continuations = addresses.chosen.offset(chosen_bytes);
         weight_plan.upload(&weights, addresses.weights, &mut driver, progress)?;
 
         let chain = |executable: &Executable| {
@@ -233,6 +258,7 @@ impl<D: Driver> CudaDevice<D> {
         };
         let chains: Result<Vec<Chain>, DeviceError> =
             target.executables.iter().map(chain).collect();
+        let copier = bind::bind_copier(&plan, &kernels, &addresses)?;
         Ok(CudaDevice {
             facts: DeviceFacts {
                 name,
@@ -248,9 +274,11 @@ impl<D: Driver> CudaDevice<D> {
             weights,
             addresses,
             chains: chains?,
+            copier,
             graphs: options.graphs,
             lists: Vec::new(),
-            sampled: vec![false; slots as usize],
+            slots: vec![Slot::default(); slots as usize],
+            history_stride: history_stride as u32,
             sampler: Sampler::default(),
             next_step: 0,
             in_flight: VecDeque::new(),
@@ -287,7 +315,7 @@ impl<D: Driver> CudaDevice<D> {
     /// Waits for all steps in flight, and keeps what they give until it is collected.
     fn settle(&mut self) {
         for mut step in std::mem::take(&mut self.in_flight) {
-            let result = self.finish(step.result, step.executable, step.draws);
+            let result = self.finish(step.result, step.executable, &step.draws);
             step.result = Pending::Done(result);
             self.in_flight.push_back(step);
         }
@@ -297,19 +325,113 @@ impl<D: Driver> CudaDevice<D> {
         &mut self,
         result: Pending,
         executable: usize,
-        draws: u32,
+        draws: &[u32],
     ) -> Result<StepOutput, DeviceError> {
         let ticket = match result {
             Pending::Done(output) => return output,
             Pending::Download(ticket) => ticket,
         };
         match self.driver.wait(ticket) {
-            Ok(chosen) => Ok(StepOutput {
-                tokens: tokens(&chosen, draws),
-                ..StepOutput::default()
-            }),
+            Ok(chosen) => Ok(self.chosen(&chosen, draws)),
             Err(error) => Err(self.at(executable, "waiting for its tokens", error)),
         }
+    }
+}
+
+/// What the draws of a step read and leave.
+impl<D: Driver> CudaDevice<D> {
+    /// Whether the tokens that draws read are there: all where ids are fed, else in the slot.
+    fn check_histories(&self, step: &Step) -> Result<(), DeviceError> {
+        for sequence in step.sequences() {
+            let needed = sequence
+                .draw
+                .map_or(0, |draw| history_len(&sequence, &draw));
+            let found = match (&sequence.draw, sequence.tokens) {
+                (Some(draw), Tokens::Ids(_)) => draw.history.len(),
+                _ => self.slots[sequence.slot as usize].history_len,
+            };
+            if needed > 0 && found != needed {
+                return Err(DeviceError::Step(format!(
+                    "slot {} draws by {needed} tokens, of which {found} are there",
+                    sequence.slot
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// By draw, how many continuations the kernel gives, or 0 for a token.
+    fn continuations_of_draws(&self, step: &Step) -> Vec<u32> {
+        let vocab_size = self.model.vocab_size;
+        let draws = step.sequences().filter_map(|sequence| sequence.draw);
+        let count = |draw: Draw<'_>| match draw.beam {
+            Some(beam) if is_made_by_kernel(&draw, vocab_size) => beam.count.min(vocab_size),
+            Some(_) | None => 0,
+        };
+        draws.map(count).collect()
+    }
+
+    /// Bytes of what the kernels' draws leave. A step that chooses nothing is waited for as well.
+    fn chosen_bytes(&self, draws: &[u32]) -> usize {
+        let continuations: usize = draws.iter().map(|&count| count as usize).sum();
+        match continuations {
+            0 => draws.len().max(1) * size_of::<u32>(),
+            _ => self.tokens_bytes() + continuations * size_of::<StepContinuation>(),
+        }
+    }
+
+    /// Bytes before the continuations.
+    fn tokens_bytes(&self) -> usize {
+        (self.addresses.continuations.0 - self.addresses.chosen.0) as usize
+    }
+
+    /// Tokens and continuations from what the kernels' draws left.
+    fn chosen(&self, bytes: &[u8], draws: &[u32]) -> StepOutput {
+        let (tokens, _) = bytes.as_chunks::<4>();
+        let continuations = bytes.get(self.tokens_bytes()..).unwrap_or_default();
+        let mut continuations = continuations.as_chunks::<8>().0.iter().map(continuation);
+        let mut output = StepOutput::default();
+        for (&token, &count) in tokens.iter().zip(draws) {
+            if count == 0 {
+                let token = Some(u32::from_le_bytes(token));
+                output.tokens.push(token.filter(|&token| token != NO_TOKEN));
+                continue;
+            }
+            let best: Vec<Continuation> = continuations.by_ref().take(count as usize).collect();
+            let is_number = best.first().is_some_and(|first| first.id != NO_TOKEN);
+            output.continuations.push(match is_number {
+                true => best,
+                false => Vec::new(),
+            });
+        }
+        output
+    }
+
+    /// Takes note of what a step leaves in the slots.
+    fn note_draws(&mut self, step: &Step) {
+        for sequence in step.sequences() {
+            let Some(draw) = sequence.draw else { continue };
+            // A beam is fed by value: its slot goes on with nothing.
+            let history_len = match (draw.beam, history_len(&sequence, &draw)) {
+                (Some(_), _) | (_, 0) => 0,
+                (None, len) => len + 1,
+            };
+            self.slots[sequence.slot as usize] = Slot {
+                sampled: true,
+                history_len,
+                counted: is_made_by_kernel(&draw, self.model.vocab_size),
+            };
+        }
+    }
+}
+
+fn continuation(bytes: &[u8; 8]) -> Continuation {
+    let pair = u64::from_le_bytes(*bytes);
+    let score = f32::from_bits((pair >> 32) as u32);
+    Continuation {
+        id: pair as u32,
+        score,
+        rank: score,
     }
 }
 
@@ -326,45 +448,55 @@ impl<D: Driver> Device for CudaDevice<D> {
         1
     }
 
+    fn keeps_histories(&self) -> bool {
+        true
+    }
+
     fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
         let ground = Ground {
             executables: &self.target.executables,
             facts: &self.facts,
             vocab_size: self.model.vocab_size,
         };
-        check_step(step, &ground, |slot| self.sampled[slot as usize])?;
-        if !step.copies.is_empty() {
-            return Err(DeviceError::Step("it copies blocks".to_owned()));
-        }
+        check_step(step, &ground, |slot| self.slots[slot as usize].sampled)?;
+        self.check_histories(step)?;
         let index = step.executable;
+        self.copy_blocks(index, &step.copies)?;
         let layout = &self.chains[index].layout;
-        let counts = layout.fill(step, self.model.vocab_size, &mut self.lists);
+        let slots = SlotGround {
+            vocab_size: self.model.vocab_size,
+            slots: &self.slots,
+            history_stride: self.history_stride,
+        };
+        let counts = layout.fill(step, &slots, &mut self.lists);
+        let draws = self.continuations_of_draws(step);
         let lists: &[u8] = bytemuck::cast_slice(&self.lists);
         let uploaded = self.driver.upload(self.addresses.step, lists);
         uploaded.map_err(|error| self.at(index, "its lists", error))?;
 
-        let result = if step.observe == Observe::default() && !host_draws::any(step) {
+        let by_host = step
+            .sequences()
+            .filter_map(|sequence| sequence.draw)
+            .any(|draw| !is_made_by_kernel(&draw, self.model.vocab_size));
+        let result = if step.observe == Observe::default() && !by_host {
             self.run(index)?;
-            // A step that chooses nothing is waited for as well.
-            let bytes = counts.draws.max(1) as usize * size_of::<u32>();
+            let bytes = self.chosen_bytes(&draws);
             let ticket = self.driver.download(self.addresses.chosen, bytes);
             Pending::Download(ticket.map_err(|error| self.at(index, "its tokens", error))?)
         } else {
             // Downloads are waited for in their order, and those of this step now.
             self.settle();
-            let mut output = self.run_observed(index, &counts, step.observe)?;
+            let mut output = self.run_observed(index, &counts, step.observe, &draws)?;
             self.draw_on_host(index, step, &mut output)?;
             Pending::Done(Ok(output))
         };
-        for sequence in step.sequences().filter(|sequence| sequence.draw.is_some()) {
-            self.sampled[sequence.slot as usize] = true;
-        }
+        self.note_draws(step);
         let id = StepId(self.next_step);
         self.next_step += 1;
         self.in_flight.push_back(InFlight {
             id,
             executable: index,
-            draws: counts.draws,
+            draws,
             result,
         });
         Ok(id)
@@ -372,7 +504,7 @@ impl<D: Driver> Device for CudaDevice<D> {
 
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError> {
         match self.in_flight.pop_front() {
-            Some(step) if step.id == id => self.finish(step.result, step.executable, step.draws),
+            Some(step) if step.id == id => self.finish(step.result, step.executable, &step.draws),
             other => {
                 if let Some(step) = other {
                     self.in_flight.push_front(step);
@@ -389,13 +521,4 @@ impl<D: Driver> Device for CudaDevice<D> {
         self.settle();
         self.driver.copy_bandwidth().ok().flatten()
     }
-}
-
-/// The first `draws` of the chosen tokens.
-fn tokens(chosen: &[u8], draws: u32) -> Vec<Option<u32>> {
-    let tokens = chosen.as_chunks::<4>().0.iter();
-    tokens
-        .take(draws as usize)
-        .map(|&token| Some(u32::from_le_bytes(token)).filter(|&token| token != NO_TOKEN))
-        .collect()
 }

@@ -19,6 +19,7 @@ impl<D: Driver> CudaDevice<D> {
         index: usize,
         counts: &StepCounts,
         observe: Observe,
+        draws: &[u32],
     ) -> Result<StepOutput, DeviceError> {
         let mut output = StepOutput::default();
         match observe.hidden_states {
@@ -30,13 +31,18 @@ impl<D: Driver> CudaDevice<D> {
             let logits = self.target.programs[program].logits;
             output.logits = self.fetch_rows(index, logits, 0, counts.logit_rows)?;
         }
-        let chosen = self.fetch(
-            self.addresses.chosen,
-            counts.draws as usize * size_of::<u32>(),
-        );
+        let chosen = self.fetch(self.addresses.chosen, self.chosen_bytes(draws));
         let chosen = chosen.map_err(|error| self.at(index, "tokens", error))?;
-        output.tokens = super::tokens(&chosen, counts.draws);
-        Ok(output)
+        let StepOutput {
+            tokens,
+            continuations,
+            ..
+        } = self.chosen(&chosen, draws);
+        Ok(StepOutput {
+            tokens,
+            continuations,
+            ..output
+        })
     }
 
     /// Launches an executable's kernels and fetches its hidden states between them, (L+1, T, C).
@@ -101,7 +107,7 @@ impl<D: Driver> CudaDevice<D> {
         Ok(to_f32(&fetched, dtype))
     }
 
-    fn fetch(
+    pub(super) fn fetch(
         &mut self,
         from: super::DeviceAddress,
         bytes: usize,

@@ -1,16 +1,14 @@
 //! A step's lists as kernels read them: one piece of memory, filled on the host and copied in one go.
 
-use super::host_draws::{MAX_SUPPRESSED_IDS, is_made_by_kernel};
+use super::bind::Addresses;
+use super::draws::{DrawWriter, MAX_DRAW_WORDS, Slot, is_made_by_kernel, placeholder};
 use crate::device::{Step, Tokens};
 use crate::kv::blocks_for;
-use crate::sampling::{Draw, DrawParams};
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, LAST_SAMPLED, StepCounts, StepDraw, StepPointers, StepSequence, StepTile,
     TILE_QUERIES,
 };
 use std::ops::Range;
-
-use super::DeviceAddress;
 
 /// Lists start at 16-byte boundaries.
 const ALIGN_WORDS: usize = 4;
@@ -23,8 +21,8 @@ const WORD: usize = size_of::<u32>();
 
 /// Where the lists of an executable's steps lie, in words (u32).
 ///
-/// Each executable has a layout of its own, and what varies in length most, block tables and
-/// suppressed ids, comes last. So a step copies a prefix that is about as long as what it says: a
+/// Each executable has a layout of its own, and what varies in length most, block tables and what
+/// processors read, comes last. So a step copies a prefix that is about as long as what it says: a
 /// few hundred bytes for a decode step.
 #[derive(Clone, Debug)]
 pub(super) struct StepLayout {
@@ -35,8 +33,17 @@ pub(super) struct StepLayout {
     sequences: usize,
     tiles: usize,
     draws: usize,
-    /// Block tables, then suppressed ids, of each sequence in turn.
+    /// Block tables, then what processors read, of each sequence in turn.
     lists: Range<usize>,
+}
+
+/// What is known of the slots that a step names.
+pub(super) struct SlotGround<'a> {
+    /// V.
+    pub(super) vocab_size: u32,
+    pub(super) slots: &'a [Slot],
+    /// Words between the histories of two slots.
+    pub(super) history_stride: u32,
 }
 
 impl StepLayout {
@@ -45,7 +52,8 @@ impl StepLayout {
         let tokens = bounds.max_tokens as usize;
         let sequences = bounds.max_sequences as usize;
         let tiles = tokens / TILE_QUERIES as usize + sequences;
-        let lists = sequences * (blocks_for(bounds.max_kv_len as usize) + MAX_SUPPRESSED_IDS);
+        let history = bounds.max_kv_len as usize;
+        let lists = sequences * (blocks_for(history) + history + MAX_DRAW_WORDS);
         let mut end = 0;
         let mut place = |words: usize| {
             let start = end;
@@ -74,14 +82,9 @@ impl StepLayout {
         (self.lists.end * WORD) as u64
     }
 
-    /// The addresses of lists at `region`.
-    pub(super) fn pointers(
-        &self,
-        region: DeviceAddress,
-        last_sampled: DeviceAddress,
-        chosen: DeviceAddress,
-    ) -> StepPointers {
-        let at = |word: usize| region.offset((word * WORD) as u64).0;
+    /// The addresses of the lists, and of what belongs to the slots.
+    pub(super) fn pointers(&self, addresses: &Addresses) -> StepPointers {
+        let at = |word: usize| addresses.step.offset((word * WORD) as u64).0;
         StepPointers {
             counts: at(0),
             token_ids: at(self.token_ids),
@@ -92,14 +95,23 @@ impl StepLayout {
             tiles: at(self.tiles),
             draws: at(self.draws),
             lists: at(self.lists.start),
-            last_sampled: last_sampled.0,
-            chosen: chosen.0,
+            last_sampled: addresses.last_sampled.0,
+            chosen: addresses.chosen.0,
+            continuations: addresses.continuations.0,
+            histories: addresses.histories.0,
+            token_counts: addresses.token_counts.0,
         }
     }
 
     /// Writes the lists of a checked step to `words`, as long as they are used. Returns their
     /// counts.
-    pub(super) fn fill(&self, step: &Step, vocab_size: u32, words: &mut Vec<u32>) -> StepCounts {
+    pub(super) fn fill(
+        &self,
+        step: &Step,
+        ground: &SlotGround<'_>,
+        words: &mut Vec<u32>,
+    ) -> StepCounts {
+        let mut continuations = 0;
         words.clear();
         words.resize(self.lists.start, 0);
         let mut counts = StepCounts::default();
@@ -152,18 +164,23 @@ impl StepLayout {
                 counts.logit_rows += 1;
             }
             if let Some(draw) = sequence.draw {
-                let suppressed = words.len();
-                let known = |&&id: &&u32| id < vocab_size;
-                if is_made_by_kernel(&draw) {
-                    words.extend(draw.suppressed_ids.iter().filter(known));
-                }
+                let mut writer = DrawWriter {
+                    words,
+                    start: self.lists.start,
+                    vocab_size: ground.vocab_size,
+                };
+                let slot = &ground.slots[sequence.slot as usize];
+                let kept = sequence.slot * ground.history_stride;
+                let described = match is_made_by_kernel(&draw, ground.vocab_size) {
+                    true => writer.describe(&sequence, &draw, slot, kept),
+                    false => placeholder(sequence.slot),
+                };
                 let described = StepDraw {
                     row: counts.logit_rows - 1,
-                    slot: sequence.slot,
-                    suppressed: (suppressed - self.lists.start) as u32,
-                    suppressed_len: (words.len() - suppressed) as u32,
-                    ..parameters(&draw)
+                    continuations,
+                    ..described
                 };
+                continuations += described.continuations_len;
                 put(words, self.draws, counts.draws, draw_words(&described));
                 counts.draws += 1;
             }
@@ -179,24 +196,6 @@ impl StepLayout {
 /// Writes entry `index` of the list at `start`.
 fn put<const N: usize>(words: &mut [u32], start: usize, index: u32, entry: [u32; N]) {
     words[start + index as usize * N..][..N].copy_from_slice(&entry);
-}
-
-/// The kernel chooses something even where the host chooses after it: then what is least work.
-fn parameters(draw: &Draw<'_>) -> StepDraw {
-    let params = match is_made_by_kernel(draw) {
-        true => draw.params,
-        false => DrawParams::GREEDY,
-    };
-    StepDraw {
-        index: draw.index,
-        top_k: params.top_k,
-        temperature: params.temperature,
-        top_p: params.top_p,
-        min_p: params.min_p,
-        seed_low: params.seed as u32,
-        seed_high: (params.seed >> 32) as u32,
-        ..StepDraw::default()
-    }
 }
 
 // The structs of the lists, field for field. All of their fields are of four bytes; the lengths are
@@ -238,12 +237,33 @@ fn draw_words(draw: &StepDraw) -> [u32; DRAW_WORDS] {
         draw.min_p.to_bits(),
         draw.seed_low,
         draw.seed_high,
+        draw.processed,
+        draw.forced,
+        draw.history,
+        draw.history_len,
+        draw.prompt_len,
+        draw.given,
+        draw.given_from,
+        draw.biases,
+        draw.biases_len,
+        draw.repetition_penalty.to_bits(),
+        draw.presence_penalty.to_bits(),
+        draw.frequency_penalty.to_bits(),
+        draw.no_repeat_ngram_size,
+        draw.words,
+        draw.words_len,
         draw.suppressed,
         draw.suppressed_len,
+        draw.ends,
+        draw.ends_len,
+        draw.ending_share.to_bits(),
+        draw.beam_score.to_bits(),
+        draw.continuations,
+        draw.continuations_len,
     ]
 }
 
-/// The value of the `step` parameter: eleven addresses, little-endian as every CUDA device is.
+/// The value of the `step` parameter: fourteen addresses, little-endian as every CUDA device is.
 pub(super) fn pointer_bytes(pointers: &StepPointers) -> Vec<u8> {
     let StepPointers {
         counts,
@@ -257,6 +277,9 @@ pub(super) fn pointer_bytes(pointers: &StepPointers) -> Vec<u8> {
         lists,
         last_sampled,
         chosen,
+        continuations,
+        histories,
+        token_counts,
     } = *pointers;
     let addresses: [u64; size_of::<StepPointers>() / size_of::<u64>()] = [
         counts,
@@ -270,6 +293,9 @@ pub(super) fn pointer_bytes(pointers: &StepPointers) -> Vec<u8> {
         lists,
         last_sampled,
         chosen,
+        continuations,
+        histories,
+        token_counts,
     ];
     addresses.iter().flat_map(|a| a.to_le_bytes()).collect()
 }
@@ -277,7 +303,24 @@ pub(super) fn pointer_bytes(pointers: &StepPointers) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::DeviceAddress;
     use crate::device::{LogitRows, SequenceStep};
+    use crate::sampling::{Draw, DrawParams, Processors, Rules, SequenceBias};
+    use kiln_bundle::NO_TOKEN;
+    use std::sync::Arc;
+
+    fn ground(vocab_size: u32) -> SlotGround<'static> {
+        const SLOT: Slot = Slot {
+            sampled: false,
+            history_len: 0,
+            counted: true,
+        };
+        SlotGround {
+            vocab_size,
+            slots: &[SLOT; 6],
+            history_stride: 97,
+        }
+    }
 
     const BOUNDS: Bounds = Bounds {
         max_tokens: 160,
@@ -325,7 +368,7 @@ mod tests {
             }),
         });
         let mut words = vec![77; 5];
-        let counts = layout.fill(&step, 1000, &mut words);
+        let counts = layout.fill(&step, &ground(1000), &mut words);
         let expect = StepCounts {
             tokens: 69,
             sequences: 2,
@@ -348,20 +391,24 @@ mod tests {
         let sequences = [0, 66, 20, 0, 66, 3, 0, 6];
         assert_eq!(list(&words, layout.sequences, 8), sequences);
         assert_eq!(list(&words, layout.tiles, 6), [0, 0, 0, 64, 1, 0]);
-        let draw = [
-            2,
-            0,
-            6,
-            40,
-            0.5f32.to_bits(),
-            0.9f32.to_bits(),
-            0.1f32.to_bits(),
-            2,
-            1,
-            7,
-            2,
-        ];
-        assert_eq!(list(&words, layout.draws, DRAW_WORDS), draw);
+        let draw = StepDraw {
+            row: 2,
+            slot: 0,
+            index: 6,
+            top_k: 40,
+            temperature: 0.5,
+            top_p: 0.9,
+            min_p: 0.1,
+            seed_low: 2,
+            seed_high: 1,
+            processed: 1,
+            forced: NO_TOKEN,
+            repetition_penalty: 1.0,
+            suppressed: 7,
+            suppressed_len: 2,
+            ..StepDraw::default()
+        };
+        assert_eq!(list(&words, layout.draws, DRAW_WORDS), draw_words(&draw));
         // Tables without spare blocks, and suppressed ids that the vocabulary has.
         assert_eq!(words[layout.lists.start..], [9, 3, 5, 1, 0, 2, 4, 11, 12]);
     }
@@ -388,55 +435,121 @@ mod tests {
             }),
         });
         let mut words = Vec::new();
-        layout.fill(&step, 1000, &mut words);
+        layout.fill(&step, &ground(1000), &mut words);
         assert_eq!(words[layout.token_ids], 0x8000_0005);
         assert_eq!(words[layout.positions], 16);
         assert_eq!(words[layout.kv_slots], 96);
         assert_eq!(words[layout.logit_rows], 0);
         assert_eq!(words[layout.lists.start..], [8, 6]);
-        assert!(words.len() * WORD < 256, "{}", words.len());
+        assert!(words.len() * WORD < 512, "{}", words.len());
+    }
+
+    /// The lists of a draw for a sequence in slot 2, which has counted nothing, and the draw.
+    fn described(tokens: Tokens<'_>, past_len: u32, draw: Draw<'_>) -> (Vec<u32>, StepDraw) {
+        let sequence = SequenceStep {
+            slot: 2,
+            tokens,
+            past_len,
+            block_table: &[0],
+            logit_rows: LogitRows::Last,
+            draw: Some(draw),
+        };
+        // Lists may begin anywhere.
+        let mut words = vec![77; 5];
+        let mut writer = DrawWriter {
+            words: &mut words,
+            start: 5,
+            vocab_size: 100,
+        };
+        let described = writer.describe(&sequence, &draw, &Slot::default(), 194);
+        (words.split_off(5), described)
     }
 
     #[test]
-    fn many_suppressed_ids_are_left_to_the_host() {
-        let layout = StepLayout::new(&BOUNDS);
-        let counted = |len: usize| {
-            let suppressed: Vec<u32> = (0..len as u32).collect();
-            let mut step = Step::default();
-            for slot in 0..3 {
-                step.push(&SequenceStep {
-                    slot,
-                    tokens: Tokens::Ids(&[1]),
-                    past_len: 0,
-                    block_table: &[0],
-                    logit_rows: LogitRows::Last,
-                    draw: Some(Draw {
-                        suppressed_ids: &suppressed,
-                        ..Draw::GREEDY
-                    }),
-                });
-            }
-            let mut words = Vec::new();
-            layout.fill(&step, u32::MAX, &mut words);
-            assert!(words.len() <= layout.lists.end);
-            words[layout.draws + DRAW_WORDS - 1]
+    fn processors_are_lists() {
+        let bias = |ids: &[u32], bias| SequenceBias {
+            ids: ids.to_vec(),
+            bias,
         };
-        assert_eq!(counted(MAX_SUPPRESSED_IDS), MAX_SUPPRESSED_IDS as u32);
-        assert_eq!(counted(MAX_SUPPRESSED_IDS + 1), 0);
+        let rules = Arc::new(Rules {
+            processors: Processors {
+                sequence_bias: vec![
+                    bias(&[9], 0.5),
+                    bias(&[7, 8, 4], -1.0),
+                    bias(&[9], 0.25),
+                    bias(&[100], 3.0),
+                ],
+                repetition_penalty: 1.5,
+                frequency_penalty: 0.1,
+                bad_words_ids: vec![vec![5], vec![2], vec![6, 3]],
+                exponential_decay_length_penalty: Some((1, 2.0)),
+                ..Processors::NONE
+            },
+            prompt_len: 2,
+            max_new_tokens: 9,
+            ends: vec![2, 50],
+        });
+        let draw = Draw {
+            index: 3,
+            suppressed_ids: &[40, 400],
+            rules: Some(&rules),
+            history: &[11, 12, 13, 14, 15],
+            ..Draw::GREEDY
+        };
+        let (lists, found) = described(Tokens::Ids(&[14, 15]), 3, draw);
+        let part = |start: u32, len: u32| &lists[start as usize..][..len as usize];
+        assert_eq!((found.slot, found.history, found.history_len), (2, 194, 5));
+        assert_eq!((found.given, found.prompt_len, found.processed), (1, 2, 1));
+        assert_eq!(part(found.given_from, 5), [11, 12, 13, 14, 15]);
+        // By token, and those of one in their order.
+        let biases = part(found.biases, 4 * found.biases_len);
+        let (biases, _) = biases.as_chunks::<4>();
+        let by_token: Vec<(u32, f32)> = biases
+            .iter()
+            .map(|rule| (rule[0], f32::from_bits(rule[1])))
+            .collect();
+        assert_eq!(by_token, [(4, -1.0), (9, 0.5), (9, 0.25)]);
+        assert_eq!(
+            biases.iter().map(|rule| rule[3]).collect::<Vec<_>>(),
+            [2, 0, 0]
+        );
+        assert_eq!(found.words_len, 1);
+        let [3, _, _, 1] = *part(found.words, 4) else {
+            panic!("{found:?}")
+        };
+        // An end of the sequence is no bad word.
+        assert_eq!(part(found.suppressed, found.suppressed_len), [40, 5]);
+        assert_eq!(part(found.ends, found.ends_len), [2, 50]);
+        assert_eq!((found.ending_share, found.repetition_penalty), (3.0, 1.5));
+
+        // The slot has the tokens, but did not count the last one.
+        let draw = Draw {
+            history: &[],
+            ..draw
+        };
+        let (_, found) = described(Tokens::LastSampled, 4, draw);
+        assert_eq!((found.history_len, found.given), (5, 2));
+        // One that reads no tokens keeps none.
+        let (_, found) = described(Tokens::LastSampled, 4, Draw::GREEDY);
+        assert_eq!((found.history_len, found.given, found.processed), (0, 0, 0));
     }
 
     #[test]
     fn lists_lie_apart_and_inside() {
         let layout = StepLayout::new(&BOUNDS);
-        let pointers = layout.pointers(DeviceAddress(4096), DeviceAddress(1), DeviceAddress(2));
+        let pointers = layout.pointers(&Addresses {
+            step: DeviceAddress(4096),
+            chosen: DeviceAddress(2),
+            ..Addresses::default()
+        });
         assert_eq!(pointers.counts, 4096);
         assert_eq!(pointers.positions - pointers.token_ids, 160 * 4);
         assert_eq!(pointers.tiles - pointers.sequences, 3 * 16);
         assert_eq!(pointers.lists, 4096 + layout.lists.start as u64 * 4);
-        assert!(pointers.draws + 3 * 44 <= pointers.lists);
+        assert!(pointers.draws + 3 * size_of::<StepDraw>() as u64 <= pointers.lists);
         assert_eq!(layout.bytes() as usize, layout.lists.end * 4);
         assert_eq!(pointer_bytes(&pointers).len(), size_of::<StepPointers>());
         assert_eq!(pointer_bytes(&pointers)[..8], 4096u64.to_le_bytes());
-        assert_eq!(pointer_bytes(&pointers)[80..], 2u64.to_le_bytes());
+        assert_eq!(pointer_bytes(&pointers)[80..88], 2u64.to_le_bytes());
     }
 }

@@ -5,7 +5,8 @@ mod driver;
 
 use super::*;
 use crate::device::{LogitRows, SequenceStep, Tokens};
-use crate::sampling::{Draw, DrawParams, Processors, Rules, SequenceBias};
+use crate::kv::BlockCopy;
+use crate::sampling::{BeamDraw, Draw, DrawParams, Processors, Rules, SequenceBias};
 use crate::{Engine, Event, Layers, Outputs, Prompt, Request};
 use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
 use driver::{Call, FakeDriver, long};
@@ -125,6 +126,7 @@ fn other_targets_are_refused() {
     let layout = Rig::changed(100 * MIB, |target| {
         // The smallest of changes that leaves a sound manifest.
         target.images.clear();
+        target.copy_blocks = None;
         target
             .executables
             .iter_mut()
@@ -157,7 +159,10 @@ fn arguments_are_addresses() {
     assert_eq!(launches[3].grid, [5, 2, 3]);
 
     // The step, whole.
-    assert_eq!(launches[0].parameters[0].len(), 88);
+    assert_eq!(
+        launches[0].parameters[0].len(),
+        size_of::<kiln_bundle::StepPointers>()
+    );
     let step = |index| long(&launches[0].parameters[0], index);
     assert_eq!(step(0), addresses.step.0);
     assert_eq!(step(9), addresses.last_sampled.0);
@@ -234,7 +239,7 @@ fn steps_upload_their_lists_and_feed_what_slots_hold() {
     let [Call::Upload(_, bytes), Call::Record(6), Call::Replay(1), _] = calls[..4] else {
         panic!("{calls:?}")
     };
-    assert!(bytes < 256, "a decode step uploads {bytes} bytes");
+    assert!(bytes < 512, "a decode step uploads {bytes} bytes");
     // The graph of the second is replayed.
     assert!(matches!(calls[5], Call::Replay(1)), "{calls:?}");
 
@@ -255,9 +260,79 @@ fn steps_upload_their_lists_and_feed_what_slots_hold() {
 }
 
 #[test]
+fn blocks_are_copied_in_order_before_the_step() {
+    let rig = Rig::new(100 * MIB);
+    let mut device = rig.device();
+    let bytes = (u64::from(LAYERS) * LAYER_BYTES) as usize;
+    let kv_cache = device.addresses.kv_cache.0;
+    let block = |index: u32| kv_cache + u64::from(index) * bytes as u64;
+    for index in 0..10 {
+        let held = vec![index as u8; bytes];
+        rig.driver
+            .state()
+            .at(block(index), bytes)
+            .copy_from_slice(&held);
+    }
+    rig.driver.calls();
+    let mut step = Step::default();
+    step.push(&sequence(0, Tokens::Ids(&[7]), &[5]));
+    // Two blocks change places, one is copied twice, and one onto itself.
+    let copies = [(1, 9), (2, 1), (6, 7), (9, 2), (6, 8), (4, 4)];
+    step.copies = copies.map(|(from, to)| BlockCopy { from, to }).to_vec();
+    let id = device.submit(&step).unwrap();
+    let calls = rig.driver.calls();
+    let place = "copies of blocks".to_owned();
+    let launched = [(); 3].map(|()| Call::Launch(place.clone()));
+    assert_eq!(calls[..3], launched);
+    assert!(matches!(calls[3], Call::Upload(..)), "{calls:?}");
+    assert_eq!(device.collect(id).unwrap().tokens, [Some(8)]);
+    let held: Vec<u8> = (0..10)
+        .map(|index| {
+            let mut state = rig.driver.state();
+            let held = state.at(block(index), bytes);
+            assert!(held.iter().all(|&byte| byte == held[0]));
+            held[0]
+        })
+        .collect();
+    assert_eq!(held, [0, 2, 1, 3, 4, 5, 6, 6, 6, 1]);
+
+    step.copies = vec![BlockCopy { from: 0, to: 24 }];
+    let error = device.submit(&step).unwrap_err().to_string();
+    assert!(error.contains("outside the KV cache"), "{error}");
+}
+
+#[test]
 fn tokens_that_could_not_be_chosen_are_none() {
-    let chosen = [1u32.to_le_bytes(), NO_TOKEN.to_le_bytes(), [9; 4]].concat();
-    assert_eq!(tokens(&chosen, 2), [Some(1), None]);
+    let device = Rig::new(100 * MIB).device();
+    let chosen = [1, NO_TOKEN, 9];
+    let bytes: Vec<u8> = chosen
+        .iter()
+        .flat_map(|token| token.to_le_bytes())
+        .collect();
+    let output = device.chosen(&bytes, &[0, 0]);
+    assert_eq!(output.tokens, [Some(1), None]);
+    assert!(output.continuations.is_empty());
+}
+
+#[test]
+fn continuations_lie_behind_the_tokens() {
+    let device = Rig::new(100 * MIB).device();
+    let score = |score: f32| score.to_bits();
+    // Room for the tokens of four draws.
+    let tokens = [7, 0, 0, 8];
+    let pairs = [5, score(-1.0), 6, score(-2.0), NO_TOKEN, 0];
+    let words = tokens.iter().chain(&pairs);
+    let bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
+    let draws = [0, 2, 1, 0];
+    assert_eq!(device.chosen_bytes(&draws), bytes.len());
+    let output = device.chosen(&bytes, &draws);
+    assert_eq!(output.tokens, [Some(7), Some(8)]);
+    let found: Vec<Vec<(u32, f32)>> = output
+        .continuations
+        .iter()
+        .map(|best| best.iter().map(|c| (c.id, c.score)).collect())
+        .collect();
+    assert_eq!(found, [vec![(5, -1.0), (6, -2.0)], vec![]]);
 }
 
 #[test]
@@ -295,12 +370,20 @@ fn engine(rig: &Rig) -> Engine {
 
 #[test]
 fn the_next_step_is_enqueued_before_a_token_is_read() {
+    let plain = requests(&Outputs::default()).remove(0);
+    let mut by_history = plain.clone();
+    by_history.processors.repetition_penalty = 1.2;
+    by_history.processors.no_repeat_ngram_size = 3;
+    for request in [plain, by_history] {
+        runs_ahead(request);
+    }
+}
+
+fn runs_ahead(request: Request) {
     let rig = Rig::new(100 * MIB);
     let mut engine = engine(&rig);
     rig.driver.calls();
-    engine
-        .submit(requests(&Outputs::default()).remove(0))
-        .unwrap();
+    engine.submit(request).unwrap();
     let mut ids = Vec::new();
     while !engine.is_idle() {
         for event in engine.step().unwrap() {
@@ -411,6 +494,10 @@ fn what_kernels_do_not_choose_the_host_does() {
         ends: vec![],
     });
     let by_rules = Draw {
+        params: DrawParams {
+            epsilon_cutoff: 0.001,
+            ..DrawParams::GREEDY
+        },
         rules: Some(&rules),
         history: &[8, 9],
         ..Draw::GREEDY
@@ -453,86 +540,127 @@ fn what_kernels_do_not_choose_the_host_does() {
 }
 
 #[test]
-fn cuts_that_kernels_lack_are_the_hosts() {
-    let rules = Arc::new(Rules {
-        processors: Processors::NONE,
-        prompt_len: 1,
-        max_new_tokens: 1,
-        ends: vec![],
-    });
-    let many = [3; 1025];
+fn what_kernels_lack_is_the_hosts() {
+    let rules = |processors, ends| {
+        Arc::new(Rules {
+            processors,
+            prompt_len: 1,
+            max_new_tokens: 1,
+            ends,
+        })
+    };
+    let many = [3; draws::MAX_DRAW_WORDS + 1];
     let params = |params| Draw {
         params,
         ..Draw::GREEDY
     };
     let greedy = DrawParams::GREEDY;
+    let beam = |count| {
+        Some(BeamDraw {
+            beam: 0,
+            score: 0.0,
+            count,
+            least_kept: 1,
+        })
+    };
+    let free = DrawParams {
+        temperature: 0.5,
+        top_k: 3,
+        top_p: 0.5,
+        min_p: 0.1,
+        ..greedy
+    };
+    let penalised = rules(
+        Processors {
+            repetition_penalty: 1.5,
+            bad_words_ids: vec![vec![1, 2]],
+            ..Processors::NONE
+        },
+        vec![4],
+    );
+    let forced = |id| {
+        let processors = Processors {
+            forced_eos_token_id: Some(id),
+            ..Processors::NONE
+        };
+        rules(processors, vec![])
+    };
+    let (forced, forced_beyond) = (forced(V - 1), forced(V));
+    let long = rules(
+        Processors {
+            bad_words_ids: vec![many.to_vec()],
+            ..Processors::NONE
+        },
+        vec![],
+    );
+    let by = |rules| Draw {
+        rules: Some(rules),
+        ..Draw::GREEDY
+    };
+    let cut = |cut: fn(&mut DrawParams)| {
+        let mut changed = greedy;
+        cut(&mut changed);
+        params(changed)
+    };
+    let suppressed = |suppressed_ids| Draw {
+        suppressed_ids,
+        ..Draw::GREEDY
+    };
     let cases = [
         (Draw::GREEDY, true),
+        (params(free), true),
+        (cut(|p| p.typical_p = 0.9), false),
+        (cut(|p| p.epsilon_cutoff = 0.1), false),
+        (cut(|p| p.eta_cutoff = 0.1), false),
+        (by(&penalised), true),
+        (by(&forced), true),
+        (by(&forced_beyond), false),
+        (by(&long), false),
+        (suppressed(&many[1..]), true),
+        (suppressed(&many), false),
         (
-            params(DrawParams {
-                temperature: 0.5,
-                top_k: 3,
-                top_p: 0.5,
-                min_p: 0.1,
-                ..greedy
-            }),
+            Draw {
+                beam: beam(256),
+                ..by(&penalised)
+            },
             true,
         ),
         (
-            params(DrawParams {
-                typical_p: 0.9,
-                ..greedy
-            }),
-            false,
-        ),
-        (
-            params(DrawParams {
-                epsilon_cutoff: 0.1,
-                ..greedy
-            }),
-            false,
-        ),
-        (
-            params(DrawParams {
-                eta_cutoff: 0.1,
-                ..greedy
-            }),
-            false,
-        ),
-        (
             Draw {
-                rules: Some(&rules),
+                beam: beam(257),
                 ..Draw::GREEDY
             },
             false,
         ),
         (
             Draw {
-                suppressed_ids: &many[..1024],
-                ..Draw::GREEDY
+                beam: beam(2),
+                ..params(free)
             },
-            true,
+            false,
         ),
         (
             Draw {
-                suppressed_ids: &many,
-                ..Draw::GREEDY
+                beam: beam(2),
+                ..by(&forced)
             },
             false,
         ),
     ];
     for (draw, by_kernel) in cases {
-        assert_eq!(host_draws::is_made_by_kernel(&draw), by_kernel, "{draw:?}");
+        assert_eq!(is_made_by_kernel(&draw, V), by_kernel, "{draw:?}");
     }
 }
 
 #[test]
-fn history_is_known_before_the_next_step() {
+fn the_host_draws_by_what_slots_keep() {
     let rig = Rig::new(100 * MIB);
     let mut engine = engine(&rig);
     // The kernel counts on; of what has been, nothing may come again.
     let mut unique = requests(&Outputs::default()).remove(0);
     unique.processors.no_repeat_ngram_size = 1;
+    // The host draws, by what the slot keeps.
+    unique.sampling.epsilon_cutoff = 0.001;
     unique.prompt = Prompt::Ids([0].into_iter().chain(5..V - 2).collect());
     let mut other = requests(&Outputs::default()).remove(0);
     other.max_new_tokens = Some(8);

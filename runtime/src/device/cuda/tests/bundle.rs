@@ -2,8 +2,8 @@
 
 use crate::testing::manifest as fake_manifest;
 use kiln_bundle::{
-    Argument, Buffer, BufferId, Bundle, BundleWriter, DType, Image, KernelSpec, Launch, Linear,
-    Norm, Program, RowKind, Rows, Tap, Target, TensorDecl, WeightFormat, WriteError,
+    Argument, Buffer, BufferId, Bundle, BundleWriter, CopyLaunch, DType, Image, KernelSpec, Launch,
+    Linear, Norm, Program, RowKind, Rows, Tap, Target, TensorDecl, WeightFormat, WriteError,
     packing::Layout,
 };
 use std::path::Path;
@@ -16,7 +16,7 @@ pub(super) const MAX_SEQ_LEN: u32 = 96;
 pub(super) const LAYER_BYTES: u64 = 2 * C as u64 * 16 * 2;
 
 /// Entry points, in the order of the images.
-pub(super) const IMAGES: [&str; 4] = ["embed", "layer", "combine", "head"];
+pub(super) const IMAGES: [&str; 5] = ["embed", "layer", "combine", "head", "copy"];
 
 pub(super) fn norm() -> Option<Norm> {
     Some(Norm {
@@ -172,6 +172,10 @@ pub(super) fn write_bundle(path: &Path, change: impl FnOnce(&mut Target)) -> Bun
             dynamic_smem_bytes: 0,
         });
     }
+    target.copy_blocks = Some(CopyLaunch {
+        image: 4,
+        grid_x: 7,
+    });
     change(target);
     let declare = |name: &str, dtype, shape| TensorDecl {
         name: name.to_owned(),

@@ -1,12 +1,12 @@
 //! A driver that keeps the device's memory on the host, notes its calls, and computes just enough to
 //! see what it was given.
 
-use super::bundle::{C, V};
+use super::bundle::{C, LAYER_BYTES, LAYERS, V};
 use crate::device::cuda::{
     BoundLaunch, DeviceAddress, Driver, DriverError, GpuFacts, GraphHandle, KernelHandle,
     KernelImage, Ticket,
 };
-use kiln_bundle::LAST_SAMPLED;
+use kiln_bundle::{COPIES_PER_LAUNCH, LAST_SAMPLED, StepDraw};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -55,8 +55,12 @@ impl State {
     }
 
     /// Runs a kernel. `embed` writes position + column, `layer` layer + position * column, as f16;
-    /// `head` writes a one to the logit of the token after each row's, and chooses it.
+    /// `head` writes a one to the logit of the token after each row's, and chooses it. `copy` copies
+    /// blocks.
     fn execute(&mut self, launch: &BoundLaunch) {
+        if self.kernels[launch.kernel.0] == "copy" {
+            return self.copy_blocks(launch);
+        }
         let address = |index: usize| long(&launch.parameters[index], 0);
         let step = |index: usize| long(&launch.parameters[0], index);
         let [tokens, _, logit_rows, _, draws] = self.words(step(0), 5)[..] else {
@@ -96,7 +100,9 @@ impl State {
                     self.put(address(3) + row as u64 * u64::from(V) * 4, &logits);
                 }
                 for draw in 0..u64::from(draws) {
-                    let [row, slot] = self.words(step(7) + draw * 44, 2)[..] else {
+                    let [row, slot] =
+                        self.words(step(7) + draw * size_of::<StepDraw>() as u64, 2)[..]
+                    else {
                         unreachable!()
                     };
                     let id = next[row as usize];
@@ -105,6 +111,24 @@ impl State {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn copy_blocks(&mut self, launch: &BoundLaunch) {
+        let (pairs, _) = launch.parameters[0].as_chunks::<8>();
+        assert_eq!(pairs.len(), COPIES_PER_LAUNCH);
+        let bytes = (u64::from(LAYERS) * LAYER_BYTES) as usize;
+        let block = |index: u32| long(&launch.parameters[1], 0) + u64::from(index) * bytes as u64;
+        let pair = |pair: &[u8; 8]| {
+            let pair = u64::from_le_bytes(*pair);
+            (pair as u32, (pair >> 32) as u32)
+        };
+        let pairs = pairs.iter().map(pair).take(launch.grid[1] as usize);
+        let read: Vec<(u32, Vec<u8>)> = pairs
+            .map(|(from, to)| (to, self.at(block(from), bytes).to_vec()))
+            .collect();
+        for (to, held) in read {
+            self.at(block(to), bytes).copy_from_slice(&held);
         }
     }
 
