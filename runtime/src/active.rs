@@ -1,8 +1,7 @@
 //! A request that is not done: what it has so far.
 
 use crate::beams::{Hypothesis, Search};
-use crate::completion::{Choice, Completion, FinishReason, Timing};
-use crate::engine::RequestId;
+use crate::completion::{Choice, Completion, FinishReason, RequestId, Timing};
 use crate::request::{Pooling, Request};
 use crate::sampling::TokenLogprob;
 use crate::scheduler::{Pick, Planned};
@@ -47,7 +46,7 @@ pub(crate) struct Sample {
     is_closed: bool,
 }
 
-/// Rows of the only sequence of a request.
+/// Rows of the only sequence of a request: of one that has several, none can be asked for.
 #[derive(Default)]
 struct ObservedRows {
     logits: Vec<f32>,
@@ -186,18 +185,12 @@ impl Active {
         let count = search.continuations();
         // As many as make sure that a beam can go on, whichever of them are ends.
         let least_kept = 1 + self.ends.len().max(1) as u32;
-        match params.num_beam_groups {
-            1 => Pick::Continuations {
-                beams,
-                count,
-                least_kept,
-            },
+        Pick::Beams {
+            beams,
+            count,
+            least_kept,
             // What a group takes changes the scores of the next one.
-            _ => Pick::Rows {
-                beams,
-                count,
-                least_kept,
-            },
+            by_engine: params.num_beam_groups > 1,
         }
     }
 

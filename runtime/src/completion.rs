@@ -1,8 +1,11 @@
 //! What comes of a request.
 
-use crate::engine::RequestId;
 use crate::sampling::TokenLogprob;
 use std::time::Duration;
+
+/// Names a request of an engine; later ones are larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
 
 /// A new token.
 #[derive(Clone, Debug, PartialEq, Eq)]

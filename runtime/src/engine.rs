@@ -7,7 +7,7 @@
 use crate::active::{Active, Run, StepRows};
 use crate::beams::BeamRows;
 use crate::choices::derive_seed;
-use crate::completion::{Completion, TokenEvent};
+use crate::completion::{Completion, RequestId, TokenEvent};
 use crate::device::{
     self, Device, DeviceError, DeviceFacts, LoadOptions, Step, StepId, StepOutput,
 };
@@ -20,10 +20,6 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Names a request of an engine; later ones are larger.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RequestId(pub u64);
 
 /// What happened to a request.
 #[derive(Debug)]
@@ -276,10 +272,7 @@ impl Engine {
             see_draws: request.top_logprobs().is_some() || request.outputs.scores,
             see_prompt: request.scores_prompt(),
         };
-        let sequence = |index| SequenceId {
-            request: id.0,
-            index,
-        };
+        let sequence = |index| SequenceId { request: id, index };
         for index in 0..active.sequences() {
             let other = NewSequence {
                 params: request.sampling.with_seed(derive_seed(seed, index)),
@@ -310,10 +303,7 @@ impl Engine {
     fn remove(&mut self, request: RequestId) -> Option<Active> {
         let active = self.active.remove(&request)?;
         for index in 0..active.sequences() {
-            self.scheduler.remove(SequenceId {
-                request: request.0,
-                index,
-            });
+            self.scheduler.remove(SequenceId { request, index });
         }
         Some(active)
     }
@@ -330,7 +320,7 @@ impl Engine {
             };
             let submitted = Instant::now();
             for planned in &plan.sequences {
-                if let Some(active) = self.active.get_mut(&planned.request()) {
+                if let Some(active) = self.active.get_mut(&planned.id.request) {
                     active.started.get_or_insert(submitted);
                     active.cached_tokens.get_or_insert(planned.start);
                 }
@@ -391,13 +381,13 @@ impl Engine {
             let Some((first, part)) = sequence.first().zip(parts.first()) else {
                 continue;
             };
-            let Some(active) = self.active.get_mut(&first.request()) else {
+            let Some(active) = self.active.get_mut(&first.id.request) else {
                 continue;
             };
             active.observe(first, &part.rows, layers);
             let is_finite = active.score_prompt(first, &part.rows);
             match first.picks {
-                _ if !is_finite => self.fail(first.request(), part.position, events),
+                _ if !is_finite => self.fail(first.id.request, part.position, events),
                 None => {}
                 Some(Pick::Token) => self.take_token(first.id, part, events)?,
                 Some(_) => self.take_beams(first.id, &parts, events),
@@ -412,7 +402,7 @@ impl Engine {
         part: &Part<'_>,
         events: &mut Vec<Event>,
     ) -> Result<(), EngineError> {
-        let request = RequestId(id.request);
+        let request = id.request;
         let Some(active) = self.active.get_mut(&request) else {
             return Ok(());
         };
@@ -444,7 +434,7 @@ impl Engine {
     }
 
     fn take_beams(&mut self, id: SequenceId, parts: &[Part<'_>], events: &mut Vec<Event>) {
-        let request = RequestId(id.request);
+        let request = id.request;
         let Some(active) = self.active.get_mut(&request) else {
             return;
         };
@@ -480,7 +470,7 @@ impl Engine {
     /// Ends the requests of a step that have all they need.
     fn finish(&mut self, plan: &Plan, events: &mut Vec<Event>) -> Result<(), EngineError> {
         for planned in &plan.sequences {
-            let request = planned.request();
+            let request = planned.id.request;
             let Some(active) = self.active.get_mut(&request) else {
                 continue;
             };
@@ -496,12 +486,6 @@ impl Engine {
             }
         }
         Ok(())
-    }
-}
-
-impl Planned {
-    fn request(&self) -> RequestId {
-        RequestId(self.id.request)
     }
 }
 
@@ -571,12 +555,14 @@ impl<'a> Parts<'a> {
                 part.token = self.output.tokens.get(self.next_token).copied().flatten();
                 self.next_token += 1;
             }
-            Some(Pick::Continuations { .. }) => {
+            Some(Pick::Beams {
+                by_engine: false, ..
+            }) => {
                 let all = &self.output.continuations;
                 part.continuations = all.get(self.next_continuations).map_or(&[], Vec::as_slice);
                 self.next_continuations += 1;
             }
-            Some(Pick::Rows { .. }) | None => {}
+            Some(Pick::Beams { .. }) | None => {}
         }
         part
     }

@@ -119,10 +119,10 @@ mod tokenizer;
 
 pub use beams::{BeamParams, EarlyStopping};
 pub use choices::{Choices, MAX_CHOICES};
-pub use completion::{Choice, Completion, FinishReason, Timing, TokenEvent};
+pub use completion::{Choice, Completion, FinishReason, RequestId, Timing, TokenEvent};
 pub use conversation::Conversation;
 pub use device::LoadOptions;
-pub use engine::{Engine, EngineError, Event, PhaseStats, RequestId, Stats};
+pub use engine::{Engine, EngineError, Event, PhaseStats, Stats};
 pub use kv::{BlockCopy, BlockPool, Prefix, blocks_for};
 pub use request::{
     DEFAULT_MAX_NEW_TOKENS, Embedding, Layers, MAX_BEAMS, Outputs, Pooling, Prompt, Request,

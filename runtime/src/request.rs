@@ -420,15 +420,15 @@ impl Request {
             embedding,
         } = &self.outputs;
         let of_positions = [
-            ("logits", *logits),
-            ("scores", *scores),
-            ("hidden states", *hidden_states != Layers::None),
-            ("an embedding", embedding.is_some()),
+            ("logits are", *logits),
+            ("scores are", *scores),
+            ("hidden states are", *hidden_states != Layers::None),
+            ("an embedding is", embedding.is_some()),
         ];
         let Some((what, _)) = of_positions.into_iter().find(|(_, asked)| *asked) else {
             return Ok(());
         };
-        let needed = format!("1 where {what} are written").replace("embedding are", "embedding is");
+        let needed = format!("1 where {what} written");
         if let Some(BeamParams { num_beams, .. }) = self.beams {
             return Err(parameter("num_beams", num_beams, needed));
         }

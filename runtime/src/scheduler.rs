@@ -23,6 +23,7 @@
 //! where the engine chooses them, it must have done so: such a sequence takes part in no step while a token of it is in flight, and is
 //! fed its last one by value.
 
+use crate::completion::RequestId;
 use crate::device::{Extent, LogitRows, Observe, SequenceStep, Step, Tokens};
 use crate::kv::{BlockCopy, BlockPool, Prefix, blocks_for};
 use crate::sampling::{BeamDraw, Draw, DrawParams, Rules, Suppression};
@@ -34,7 +35,7 @@ use std::sync::Arc;
 /// A sequence; older ones have lower ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct SequenceId {
-    pub(crate) request: u64,
+    pub(crate) request: RequestId,
     /// Among those of the request.
     pub(crate) index: u32,
 }
@@ -64,22 +65,15 @@ pub(crate) enum Pick {
     /// The sequence's next token.
     Token,
     /// Continuations of its branches, from which the engine chooses.
-    Continuations {
+    Beams {
         /// Most branches.
         beams: usize,
         /// Continuations of each.
         count: u32,
         /// Tokens that cuts leave at least.
         least_kept: u32,
-    },
-    /// The same, by the engine from the rows themselves.
-    Rows {
-        /// Most branches.
-        beams: usize,
-        /// Continuations of each.
-        count: u32,
-        /// Tokens that cuts leave at least.
-        least_kept: u32,
+        /// Whether it is the engine that finds them, from the rows.
+        by_engine: bool,
     },
 }
 
@@ -88,8 +82,19 @@ impl Pick {
     fn slots(self) -> usize {
         match self {
             Pick::Token => 1,
-            Pick::Continuations { beams, .. } | Pick::Rows { beams, .. } => beams,
+            Pick::Beams { beams, .. } => beams,
         }
+    }
+
+    /// Whether the engine chooses from the rows themselves.
+    fn is_by_engine(self) -> bool {
+        matches!(
+            self,
+            Pick::Beams {
+                by_engine: true,
+                ..
+            }
+        )
     }
 }
 
@@ -293,10 +298,7 @@ impl Sequence {
         let (branch, rules) = (&self.branches[index], &self.new.rules);
         let token_index = token_index as u32;
         let beam = match self.new.pick {
-            Pick::Continuations {
-                count, least_kept, ..
-            }
-            | Pick::Rows {
+            Pick::Beams {
                 count, least_kept, ..
             } => Some(BeamDraw {
                 beam: index as u32,
@@ -328,7 +330,7 @@ impl Sequence {
         step: &mut Step,
         plan: &mut Plan,
     ) {
-        let by_engine = matches!(self.new.pick, Pick::Rows { .. });
+        let by_engine = self.new.pick.is_by_engine();
         let mut draws = false;
         for index in branches.clone() {
             let branch = &self.branches[index];

@@ -9,7 +9,7 @@
 
 use super::cuts::{self, Candidate};
 use super::sampler::{Sampler, philox};
-use super::{Draw, logprobs, processors};
+use super::{Draw, processors};
 use crate::cpu::scores;
 use std::cmp::Ordering;
 
@@ -66,19 +66,15 @@ impl Sampler {
         if scores::finite_max(self.isa, logits).is_none() {
             return Vec::new();
         }
-        let logprob = logprobs::normaliser(logits);
         self.scores.clear();
-        self.scores
-            .extend(logits.iter().map(|&logit| logprob(logit)));
+        self.scores.extend_from_slice(logits);
+        self.renormalise();
         processors::process(&mut self.scores, draw, taken, &mut self.counts);
         let mut best = Best::new((beam.count as usize).min(logits.len()));
         let renormalises = draw.rules.is_some_and(|r| r.processors.renormalize_logits);
         if draw.params.temperature == 0.0 {
             if renormalises {
-                let logprob = logprobs::normaliser(&self.scores);
-                self.scores
-                    .iter_mut()
-                    .for_each(|score| *score = logprob(*score));
+                self.renormalise();
             }
             for (id, &score) in (0..).zip(&self.scores) {
                 let score = score + beam.score;

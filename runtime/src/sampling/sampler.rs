@@ -74,12 +74,17 @@ impl Sampler {
             }
         }
         if renormalises {
-            let logprob = logprobs::normaliser(&self.scores);
-            self.scores
-                .iter_mut()
-                .for_each(|score| *score = logprob(*score));
+            self.renormalise();
         }
         &self.scores
+    }
+
+    /// Makes log-probabilities of the scores.
+    pub(super) fn renormalise(&mut self) {
+        let logprob = logprobs::normaliser(&self.scores);
+        for score in &mut self.scores {
+            *score = logprob(*score);
+        }
     }
 
     /// Makes every token that has a chance at all a candidate, by rising id.
