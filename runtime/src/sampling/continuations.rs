@@ -88,9 +88,7 @@ impl Sampler {
         }
         let temperature = draw.params.temperature;
         let max = scores::max(self.isa, &self.scores);
-        self.gather(max, temperature);
-        let least = beam.least_kept as usize;
-        cuts::cut(&mut self.candidates, &draw.params, least, &mut self.scores);
+        self.gather(max, &draw.params, beam.least_kept as usize);
         let likeliest = beam.score
             + match renormalises {
                 true => -cuts::log_total(&self.candidates),

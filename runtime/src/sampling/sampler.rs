@@ -1,7 +1,7 @@
 //! The CPU's choice of a token: processors, cuts and a draw.
 
 use super::cuts::{self, Candidate};
-use super::{Draw, Taken, logprobs, processors};
+use super::{Draw, DrawParams, Taken, logprobs, processors};
 use crate::cpu::{Isa, scores};
 
 /// Chooses tokens on the CPU; keeps its working memory.
@@ -29,9 +29,7 @@ impl Sampler {
     /// is suppressed.
     pub fn sample(&mut self, logits: &[f32], draw: &Draw<'_>) -> Option<u32> {
         scores::finite_max(self.isa, logits)?;
-        self.scores.clear();
-        self.scores.extend_from_slice(logits);
-        processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
+        self.process(logits, draw);
         let max = self.likeliest()?;
         let params = &draw.params;
         if params.temperature == 0.0 {
@@ -42,8 +40,7 @@ impl Sampler {
         if !cuts::any(params) {
             return self.pick_from_all(max, params.temperature, share);
         }
-        self.gather(max, params.temperature);
-        cuts::cut(&mut self.candidates, params, 1, &mut self.scores);
+        self.gather(max, params, 1);
         self.pick(share)
     }
 
@@ -56,17 +53,14 @@ impl Sampler {
     /// What [`Sampler::sample`] chooses by (V): scores as the processors leave them, and where it draws
     /// those over the temperature, with -inf for what is cut.
     pub fn scores(&mut self, logits: &[f32], draw: &Draw<'_>) -> &[f32] {
-        self.scores.clear();
-        self.scores.extend_from_slice(logits);
-        processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
+        self.process(logits, draw);
         let renormalises = draw.rules.is_some_and(|r| r.processors.renormalize_logits);
         let temperature = draw.params.temperature;
         let Some(max) = self.likeliest() else {
             return &self.scores;
         };
         if temperature > 0.0 {
-            self.gather(max, temperature);
-            cuts::cut(&mut self.candidates, &draw.params, 1, &mut self.scores);
+            self.gather(max, &draw.params, 1);
             self.scores.clear();
             self.scores.resize(logits.len(), f32::NEG_INFINITY);
             for candidate in &self.candidates {
@@ -87,15 +81,24 @@ impl Sampler {
         }
     }
 
-    /// Makes every token that has a chance at all a candidate, by rising id.
-    pub(super) fn gather(&mut self, max: f32, temperature: f32) {
+    /// Makes scores of a row of `logits` (V).
+    fn process(&mut self, logits: &[f32], draw: &Draw<'_>) {
+        self.scores.clear();
+        self.scores.extend_from_slice(logits);
+        processors::process(&mut self.scores, draw, &Taken::default(), &mut self.counts);
+    }
+
+    /// Makes the tokens that the cuts leave candidates, by rising id: of each cut at least `least`. `max` is
+    /// the largest score. The scores are gone after it.
+    pub(super) fn gather(&mut self, max: f32, params: &DrawParams, least: usize) {
         self.candidates.clear();
         for (id, &logit) in (0..).zip(&self.scores) {
-            let score = (logit - max) / temperature;
+            let score = (logit - max) / params.temperature;
             if score > f32::NEG_INFINITY {
                 self.candidates.push(Candidate { id, score });
             }
         }
+        cuts::cut(&mut self.candidates, params, least, &mut self.scores);
     }
 
     /// The token at `share` of the cumulated probability, by rising id, where all can be drawn.
@@ -181,7 +184,7 @@ pub(super) fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampling::{DrawParams, Processors, Rules, SequenceBias};
+    use crate::sampling::{Processors, Rules, SequenceBias};
     use std::sync::Arc;
 
     const FREE: DrawParams = DrawParams {
