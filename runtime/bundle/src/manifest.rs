@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest

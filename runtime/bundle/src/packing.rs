@@ -22,13 +22,13 @@
 //! ```text
 //! panel = group 0 | group 1 | ...               all of `group` inputs but the last
 //! group = scales (PANEL) | minima (PANEL) | codes          bf16; minima in int4 only
-//! int8 codes: byte[k][n % PANEL]                           q of W[n][k]
+//! int8 codes: word[k / 4][n % PANEL], little-endian u32    q in the bits from 8 * (k % 4)
 //! int4 codes: word[k / 8][n % PANEL], little-endian u32    q in the bits from 4 * (k % 8)
 //! ```
 //!
 //! The inputs of a group are filled up to a multiple of [`CODE_STEP`] with zeros, which keeps every
-//! panel aligned to a cache line. A word holds eight inputs of one output: unpacking is a mask and a
-//! conversion, with no shuffle. Scales and minima are bf16 for its range. That they are coarse costs
+//! panel aligned to a cache line. A word holds inputs of one output: a shift and a mask give two of them as
+//! 16-bit numbers, which is how they are multiplied, with no shuffle. Scales and minima are bf16 for its range. That they are coarse costs
 //! next to nothing, because weights are rounded against what is stored.
 //!
 //! # Tiles: CUDA
@@ -184,7 +184,8 @@ impl IntFormat {
                 for (input, &code) in codes.iter().enumerate() {
                     match self {
                         IntFormat::Int8 { .. } => {
-                            packed[start + input * PANEL + lane] = code.cast_unsigned();
+                            let word = start + 4 * (input / 4 * PANEL + lane);
+                            packed[word + input % 4] = code.cast_unsigned();
                         }
                         IntFormat::Int4 { .. } => {
                             let word = start + 4 * (input / CODE_STEP * PANEL + lane);
@@ -250,7 +251,8 @@ mod tests {
                             for lane in 0..PANEL {
                                 let found = match format {
                                     IntFormat::Int8 { .. } => {
-                                        packed[at + (input - step) * PANEL + lane].cast_signed()
+                                        let word = at + 4 * ((input - step) / 4 * PANEL + lane);
+                                        packed[word + (input - step) % 4].cast_signed()
                                     }
                                     IntFormat::Int4 { .. } => {
                                         let word = &packed[at + 4 * lane..][..4];

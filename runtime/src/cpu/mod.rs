@@ -16,7 +16,9 @@
 mod attention;
 mod bandwidth;
 mod embed;
+mod fixed;
 mod linear;
+mod matrix;
 mod norm;
 mod pool;
 mod rows;

@@ -223,7 +223,8 @@ impl<'a> IntPanels<'a> {
             match format {
                 IntFormat::Int8 { .. } => {
                     for (i, out) in out.iter_mut().enumerate() {
-                        *out = scale * f32::from(codes[i * PANEL + lane].cast_signed());
+                        let word = 4 * (i / 4 * PANEL + lane);
+                        *out = scale * f32::from(codes[word + i % 4].cast_signed());
                     }
                 }
                 IntFormat::Int4 { .. } => {

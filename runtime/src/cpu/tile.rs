@@ -1,11 +1,13 @@
 //! The inner loop of every matrix product: a tile of outputs kept in registers.
 
-use super::simd::{Kernel, LANES, Simd, Weights};
+use super::fixed::RUN;
+use super::simd::{Codes, Element, Kernel, LANES, Simd};
 use half::bf16;
+use kiln_bundle::packing::PANEL;
 use std::ops::Range;
 
 /// Repeats the body for each constant below the limit: ROWS, at most 12, VECTORS, at most 4, or the
-/// INPUTS of a step, at most 8. A loop would do the same if the compiler could be relied on to unroll it
+/// PAIRS of a word, at most 4. A loop would do the same if the compiler could be relied on to unroll it
 /// before it decides what lives in registers.
 macro_rules! unrolled {
     ($i:ident in ROWS $body:block) => {
@@ -14,8 +16,8 @@ macro_rules! unrolled {
     ($i:ident in VECTORS $body:block) => {
         unrolled!($i in (VECTORS) $body 0 1 2 3)
     };
-    ($i:ident in W::INPUTS $body:block) => {
-        unrolled!($i in (W::INPUTS) $body 0 1 2 3 4 5 6 7)
+    ($i:ident in C::PAIRS $body:block) => {
+        unrolled!($i in (C::PAIRS) $body 0 1 2 3)
     };
     ($i:ident in ($limit:expr) $body:block $($value:literal)*) => {
         $(if const { $value < $limit } {
@@ -27,31 +29,27 @@ macro_rules! unrolled {
 
 /// Where a tile finds its operands: `c[r][j] += sum over i of a[i][r] * b[i][j]`.
 #[derive(Clone, Copy)]
-pub(super) struct Tile<W> {
-    /// Length of the sum. Where weights come in steps of several inputs, `a` is zero for those of the
-    /// last step that are missing.
+pub(super) struct Tile<E> {
+    /// Length of the sum.
     pub(super) k: usize,
     /// `a[i][r]` at `a + i * a_step + r * a_stride`.
     pub(super) a: *const f32,
     pub(super) a_step: usize,
     pub(super) a_stride: usize,
-    /// Each step of `b`, a run of vectors, at `b + step * b_step`.
-    pub(super) b: *const W,
+    /// `b[i]`, a run of vectors, at `b + i * b_step`.
+    pub(super) b: *const E,
     pub(super) b_step: usize,
     /// `c[r]`, a run of vectors, at `c + r * c_stride`.
     pub(super) c: *mut f32,
     pub(super) c_stride: usize,
     /// Continue from the sums in `c` instead of from zero.
     pub(super) resume: bool,
-    /// Memory that will be wanted next: `ahead + step * ahead_step` bytes is asked for in each step.
+    /// Memory that will be wanted next: `ahead + i * ahead_step` bytes is asked for in each step.
     pub(super) ahead: *const u8,
     pub(super) ahead_step: usize,
 }
 
-/// The sums of a tile of ROWS rows and VECTORS vectors.
-type Sums<S, const ROWS: usize, const VECTORS: usize> = [[<S as Simd>::V; VECTORS]; ROWS];
-
-impl<W: Weights> Tile<W> {
+impl<E: Element> Tile<E> {
     /// Computes a tile of ROWS rows and VECTORS vectors: each element one chain of fused
     /// multiply-adds in the order of i.
     ///
@@ -68,28 +66,8 @@ impl<W: Weights> Tile<W> {
                 });
             });
         }
-        // SAFETY: the caller's.
-        let sums = unsafe { self.accumulate::<S, ROWS, VECTORS>(simd, sums) };
-        unrolled!(R in ROWS {
-            unrolled!(V in VECTORS {
-                // SAFETY: within `c`.
-                unsafe { simd.store_f32(self.c.add(R * self.c_stride + V * LANES), sums[R][V]) };
-            });
-        });
-    }
-
-    /// `sums` continued.
-    ///
-    /// # Safety
-    /// `a` and `b` exist.
-    #[inline(always)]
-    unsafe fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
-        self,
-        simd: S,
-        mut sums: Sums<S, ROWS, VECTORS>,
-    ) -> Sums<S, ROWS, VECTORS> {
         // Lines that a step of `b` takes in memory.
-        let lines = (VECTORS * LANES * size_of::<W>()).div_ceil(64);
+        let lines = (VECTORS * LANES * size_of::<E>()).div_ceil(64);
         // A pointer a row: were they computed from one another in the loop, the compiler would load
         // too many values of `a` ahead, and have no registers left for the sums.
         let mut rows = [self.a; ROWS];
@@ -97,112 +75,178 @@ impl<W: Weights> Tile<W> {
             rows[R] = self.a.wrapping_add(R * self.a_stride);
         });
         let (mut b, mut ahead) = (self.b, self.ahead);
-        for i in (0..self.k).step_by(W::INPUTS) {
+        for i in 0..self.k {
             for line in 0..lines {
                 simd.prefetch(ahead.wrapping_add(64 * line));
             }
-            // SAFETY: this step of `b`.
-            let mut step = [unsafe { W::load_step(simd, b) }; VECTORS];
+            let mut column = [simd.zero(); VECTORS];
             unrolled!(V in VECTORS {
-                // SAFETY: as above.
-                step[V] = unsafe { W::load_step(simd, b.add(V * LANES)) };
+                // SAFETY: this step of `b`.
+                column[V] = unsafe { E::load(simd, b.add(V * LANES)) };
             });
-            unrolled!(I in W::INPUTS {
-                let mut column = [simd.zero(); VECTORS];
+            unrolled!(R in ROWS {
+                // SAFETY: the step of `a`.
+                let x = simd.splat(unsafe { *rows[R].add(i * self.a_step) });
                 unrolled!(V in VECTORS {
-                    column[V] = W::input::<S, I>(simd, step[V]);
-                });
-                unrolled!(R in ROWS {
-                    // SAFETY: the step of `a`.
-                    let x = simd.splat(unsafe { *rows[R].add((i + I) * self.a_step) });
-                    unrolled!(V in VECTORS {
-                        sums[R][V] = simd.fma(x, column[V], sums[R][V]);
-                    });
+                    sums[R][V] = simd.fma(x, column[V], sums[R][V]);
                 });
             });
             b = b.wrapping_add(self.b_step);
             ahead = ahead.wrapping_add(self.ahead_step);
         }
-        sums
+        unrolled!(R in ROWS {
+            unrolled!(V in VECTORS {
+                // SAFETY: within `c`.
+                unsafe { simd.store_f32(self.c.add(R * self.c_stride + V * LANES), sums[R][V]) };
+            });
+        });
     }
 }
 
-/// A run of whole groups of integers ([`kiln_bundle::packing`]) against the rows of a tile:
-/// `c[r] += scale * sum over i of a[i][r] * code[i] + minimum * sum over i of a[i][r]` for each.
+/// Whole groups of a panel of integers ([`kiln_bundle::packing`]) against the rows of a tile, which are
+/// integers too ([`super::fixed`]). Of each run of inputs a product of integers is made, exactly, then
+/// `c[r] += scale * run's scale * product + minimum * run's sum`.
 #[derive(Clone, Copy)]
-pub(super) struct GroupTile<W> {
-    /// Of all groups; `a` as in [`Tile`], `b` the codes of the first group, `k` the inputs of all.
-    pub(super) tile: Tile<W>,
+pub(super) struct IntTile<C> {
+    /// Inputs of all groups.
+    pub(super) k: usize,
     /// Inputs of a group; the last may have fewer.
     pub(super) group: usize,
     /// From a group to the next.
     pub(super) group_bytes: usize,
+    /// Rows of `x`, interleaved: (K / 2, ROWS) pairs of integers.
+    pub(super) x: *const u32,
+    /// Scale and sum of each run of `x`: (runs, ROWS, 2).
+    pub(super) runs: *const f32,
+    /// The codes of the first group.
+    pub(super) codes: *const C,
     /// Of the first group.
     pub(super) scales: *const bf16,
-    /// Of the first group, where there are any, with the sum of each group of `a`, (groups, rows).
-    pub(super) minima: Option<(*const bf16, *const f32)>,
-    /// Bytes from the codes being multiplied to those being asked for; where absent, the tile's
-    /// `ahead` is asked for.
-    pub(super) prefetch_bytes: Option<usize>,
+    /// Of the first group, where there are any.
+    pub(super) minima: Option<*const bf16>,
+    /// Sums, (ROWS, PANEL).
+    pub(super) c: *mut f32,
+    /// Continue from the sums in `c` instead of from zero.
+    pub(super) resume: bool,
+    /// As in [`Tile`], a step being a word of each output; `ahead_group` is added with each group.
+    pub(super) ahead: *const u8,
+    pub(super) ahead_step: usize,
+    pub(super) ahead_group: usize,
 }
 
-impl<W: Weights> GroupTile<W> {
-    /// Computes ROWS rows and VECTORS vectors, group after group: in each a chain as in
-    /// [`Tile::run`], from zero.
+impl<C: Codes> IntTile<C> {
+    /// Computes ROWS rows and VECTORS vectors, run after run.
     ///
     /// # Safety
     /// The operands exist, and `c` overlaps none of them.
     #[inline(always)]
-    unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
-        let mut tile = self.tile;
-        let (mut scales, mut minima) = (self.scales, self.minima);
-        let mut left = tile.k;
-        while left > 0 {
-            tile.k = left.min(self.group);
-            left -= tile.k;
-            if let Some(bytes) = self.prefetch_bytes {
-                tile.ahead = tile.b.cast::<u8>().wrapping_add(bytes);
-            }
-            // SAFETY: the caller's.
-            let sums = unsafe {
-                tile.accumulate::<S, ROWS, VECTORS>(simd, [[simd.zero(); VECTORS]; ROWS])
-            };
-            unrolled!(V in VECTORS {
-                // SAFETY: the group's own numbers, and `c`.
+    unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(mut self, simd: S) {
+        let mut inputs_left = self.k;
+        while inputs_left > 0 {
+            let mut group_left = inputs_left.min(self.group);
+            inputs_left -= group_left;
+            let mut codes = self.codes;
+            while group_left > 0 {
+                let run = group_left.min(RUN);
+                group_left -= run;
+                let words = run.div_ceil(C::INPUTS);
+                // SAFETY: the caller's.
                 unsafe {
-                    let scale = simd.load_bf16(scales.add(V * LANES));
-                    unrolled!(R in ROWS {
-                        let c = tile.c.add(R * tile.c_stride + V * LANES);
-                        let mut total = match tile.resume {
-                            true => simd.load_f32(c),
-                            false => simd.zero(),
-                        };
-                        if let Some((minima, sums)) = minima {
-                            let minimum = simd.load_bf16(minima.add(V * LANES));
-                            total = simd.fma(simd.splat(*sums.add(R)), minimum, total);
-                        }
-                        simd.store_f32(c, simd.fma(scale, sums[R][V], total));
-                    });
+                    let products = self.products::<S, ROWS, VECTORS>(simd, codes, words);
+                    self.add_run::<S, ROWS, VECTORS>(simd, products);
                 }
-            });
-            tile.resume = true;
-            tile.a = tile.a.wrapping_add(tile.k * tile.a_step);
-            let steps = tile.k.div_ceil(W::INPUTS);
-            tile.ahead = tile.ahead.wrapping_add(steps * tile.ahead_step);
-            tile.b = tile.b.wrapping_byte_add(self.group_bytes);
-            scales = scales.wrapping_byte_add(self.group_bytes);
-            minima = minima.map(|(minima, sums)| {
-                (
-                    minima.wrapping_byte_add(self.group_bytes),
-                    sums.wrapping_add(ROWS),
-                )
-            });
+                self.resume = true;
+                codes = codes.wrapping_add(words * PANEL);
+                self.x = self.x.wrapping_add(words * C::PAIRS * ROWS);
+                self.runs = self.runs.wrapping_add(2 * ROWS);
+                self.ahead = self.ahead.wrapping_add(words * self.ahead_step);
+            }
+            let group_bytes = self.group_bytes;
+            self.ahead = self.ahead.wrapping_add(self.ahead_group);
+            self.codes = self.codes.wrapping_byte_add(group_bytes);
+            self.scales = self.scales.wrapping_byte_add(group_bytes);
+            self.minima = (self.minima).map(|minima| minima.wrapping_byte_add(group_bytes));
         }
+    }
+
+    /// The products of the next run: so many words of each output.
+    ///
+    /// # Safety
+    /// `x` and `codes` exist.
+    #[inline(always)]
+    unsafe fn products<S: Simd, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        simd: S,
+        mut codes: *const C,
+        words: usize,
+    ) -> [[S::Words; VECTORS]; ROWS] {
+        let mut sums = [[simd.splat_word(0); VECTORS]; ROWS];
+        let (mut x, mut ahead) = (self.x, self.ahead);
+        for _ in 0..words {
+            for line in 0..VECTORS {
+                simd.prefetch(ahead.wrapping_add(64 * line));
+            }
+            let mut step = [simd.splat_word(0); VECTORS];
+            unrolled!(V in VECTORS {
+                // SAFETY: this word of each output.
+                step[V] = unsafe { simd.load_words(codes.add(V * LANES).cast()) };
+            });
+            unrolled!(P in C::PAIRS {
+                let mut column = step;
+                unrolled!(V in VECTORS {
+                    column[V] = C::pair::<S, P>(simd, step[V]);
+                });
+                unrolled!(R in ROWS {
+                    // SAFETY: the step of `x`.
+                    let x = simd.splat_word(unsafe { *x.add(P * ROWS + R) });
+                    unrolled!(V in VECTORS {
+                        sums[R][V] = simd.add_pair_products(sums[R][V], x, column[V]);
+                    });
+                });
+            });
+            codes = codes.wrapping_add(PANEL);
+            x = x.wrapping_add(C::PAIRS * ROWS);
+            ahead = ahead.wrapping_add(self.ahead_step);
+        }
+        sums
+    }
+
+    /// Adds a run's products to `c`.
+    ///
+    /// # Safety
+    /// Scales, minima, the run's numbers and `c` exist.
+    #[inline(always)]
+    unsafe fn add_run<S: Simd, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        simd: S,
+        products: [[S::Words; VECTORS]; ROWS],
+    ) {
+        unrolled!(V in VECTORS {
+            // SAFETY: the caller's.
+            unsafe {
+                let scale = simd.load_bf16(self.scales.add(V * LANES));
+                unrolled!(R in ROWS {
+                    let c = self.c.add(R * PANEL + V * LANES);
+                    let mut total = match self.resume {
+                        true => simd.load_f32(c),
+                        false => simd.zero(),
+                    };
+                    if let Some(minima) = self.minima {
+                        let minimum = simd.load_bf16(minima.add(V * LANES));
+                        let sum = simd.splat(*self.runs.add(2 * R + 1));
+                        total = simd.fma(sum, minimum, total);
+                    }
+                    let product = simd.mul(scale, simd.words_to_f32(products[R][V]));
+                    let run_scale = simd.splat(*self.runs.add(2 * R));
+                    simd.store_f32(c, simd.fma(run_scale, product, total));
+                });
+            }
+        });
     }
 }
 
-/// A tile of a number of rows known at run time, which are interleaved: `a_step` and `a_stride` are
-/// taken to be that number and 1.
+/// A tile of a number of rows known at run time, which are interleaved: in a [`Tile`], `a_step` and
+/// `a_stride` are taken to be that number and 1.
 pub(super) trait AnyRows: Copy {
     /// # Safety
     /// The operands exist for ROWS rows and VECTORS vectors, and `c` overlaps none of them.
@@ -232,7 +276,7 @@ pub(super) trait AnyRows: Copy {
     }
 }
 
-impl<W: Weights> AnyRows for Tile<W> {
+impl<E: Element> AnyRows for Tile<E> {
     #[inline(always)]
     unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         let tile = Tile {
@@ -245,10 +289,9 @@ impl<W: Weights> AnyRows for Tile<W> {
     }
 }
 
-impl<W: Weights> AnyRows for GroupTile<W> {
+impl<C: Codes> AnyRows for IntTile<C> {
     #[inline(always)]
-    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(mut self, simd: S) {
-        (self.tile.a_step, self.tile.a_stride) = (ROWS, 1);
+    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         // SAFETY: the caller's.
         unsafe { self.run::<S, ROWS, VECTORS>(simd) };
     }

@@ -1,8 +1,8 @@
 //! Two AVX2 registers a vector.
 
-use super::{Kernel, LANES, Simd, nibble_shift};
+use super::{Kernel, LANES, Simd};
 use half::{bf16, f16};
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 /// Proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -28,6 +28,7 @@ impl Simd for Avx2 {
 
     const TILE_ROWS: usize = 6;
     const TILE_VECTORS: usize = 1;
+    const INT_TILE_ROWS: usize = 4;
     const DIRECT_ROWS: usize = 2;
 
     #[inline(never)]
@@ -147,12 +148,6 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_i8(self, p: *const i8) -> Self::V {
-        // SAFETY: as in `halves!`; sixteen values are readable.
-        unsafe { [widen_i8(p), widen_i8(p.add(8))] }
-    }
-
-    #[inline(always)]
     unsafe fn load_words(self, p: *const u32) -> Self::Words {
         // SAFETY: as in `halves!`; sixteen values are readable.
         unsafe {
@@ -164,17 +159,48 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V {
+    fn splat_word(self, word: u32) -> Self::Words {
+        // SAFETY: as in `halves!`.
+        unsafe { [_mm256_set1_epi32(word.cast_signed()); 2] }
+    }
+
+    #[inline(always)]
+    fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
         // SAFETY: as in `halves!`.
         words.map(|words| unsafe {
-            let words = if I < 7 {
-                words
-            } else {
-                _mm256_srli_epi32::<4>(words)
+            let high = match P {
+                0 => _mm256_slli_epi16::<8>(words),
+                _ => words,
             };
-            let mask = _mm256_set1_epi32(15 << nibble_shift(I));
-            _mm256_cvtepi32_ps(_mm256_and_si256(words, mask))
+            _mm256_srai_epi16::<8>(high)
         })
+    }
+
+    #[inline(always)]
+    fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        // SAFETY: as in `halves!`.
+        words.map(|words| unsafe {
+            let low = match P {
+                0 => words,
+                1 => _mm256_srli_epi32::<4>(words),
+                2 => _mm256_srli_epi32::<8>(words),
+                _ => _mm256_srli_epi32::<12>(words),
+            };
+            _mm256_and_si256(low, _mm256_set1_epi32(0x000f_000f))
+        })
+    }
+
+    #[inline(always)]
+    fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        let products = halves!(_mm256_madd_epi16(a, b));
+        let sums = halves!(_mm256_add_epi32(sums, products));
+        // SAFETY: as in `halves!`.
+        sums.map(|sums| unsafe { pinned(sums) })
+    }
+
+    #[inline(always)]
+    fn words_to_f32(self, words: Self::Words) -> Self::V {
+        halves!(_mm256_cvtepi32_ps(words))
     }
 
     #[inline(always)]
@@ -213,14 +239,16 @@ impl Simd for Avx2 {
     }
 }
 
-/// Eight `i8` as `f32`.
-///
-/// # Safety
-/// The machine has AVX2; `p` is valid for reading eight values.
-#[inline(always)]
-unsafe fn widen_i8(p: *const i8) -> __m256 {
-    // SAFETY: the caller's.
-    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+/// `v`, of which the compiler cannot tell. It would add up a chain of sums in another order, which needs
+/// more products at a time than there are registers for.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pinned(mut v: __m256i) -> __m256i {
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!("/* {v} */", v = inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags))
+    };
+    v
 }
 
 /// Eight `bf16` as `f32`.

@@ -1,6 +1,6 @@
 //! One AVX-512 register a vector.
 
-use super::{Kernel, LANES, Simd, nibble_shift};
+use super::{Kernel, LANES, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -28,6 +28,7 @@ impl Simd for Avx512 {
 
     const TILE_ROWS: usize = 12;
     const TILE_VECTORS: usize = 2;
+    const INT_TILE_ROWS: usize = 12;
     const DIRECT_ROWS: usize = 6;
 
     #[inline(never)]
@@ -126,28 +127,44 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn load_i8(self, p: *const i8) -> Self::V {
-        // SAFETY: as in `proven!`; sixteen values are readable.
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
-    }
-
-    #[inline(always)]
     unsafe fn load_words(self, p: *const u32) -> Self::Words {
         // SAFETY: as in `proven!`; sixteen values are readable.
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
 
     #[inline(always)]
-    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V {
-        proven!({
-            let words = if I < 7 {
-                words
-            } else {
-                _mm512_srli_epi32::<4>(words)
-            };
-            let mask = _mm512_set1_epi32(15 << nibble_shift(I));
-            _mm512_cvtepi32_ps(_mm512_and_si512(words, mask))
-        })
+    fn splat_word(self, word: u32) -> Self::Words {
+        proven!(_mm512_set1_epi32(word.cast_signed()))
+    }
+
+    #[inline(always)]
+    fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        let high = match P {
+            0 => proven!(_mm512_slli_epi16::<8>(words)),
+            _ => words,
+        };
+        proven!(_mm512_srai_epi16::<8>(high))
+    }
+
+    #[inline(always)]
+    fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        let low = match P {
+            0 => words,
+            1 => proven!(_mm512_srli_epi32::<4>(words)),
+            2 => proven!(_mm512_srli_epi32::<8>(words)),
+            _ => proven!(_mm512_srli_epi32::<12>(words)),
+        };
+        proven!(_mm512_and_si512(low, _mm512_set1_epi32(0x000f_000f)))
+    }
+
+    #[inline(always)]
+    fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        proven!(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b)))
+    }
+
+    #[inline(always)]
+    fn words_to_f32(self, words: Self::Words) -> Self::V {
+        proven!(_mm512_cvtepi32_ps(words))
     }
 
     #[inline(always)]

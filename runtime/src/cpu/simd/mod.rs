@@ -157,6 +157,8 @@ pub(super) trait Simd: Copy {
     const TILE_ROWS: usize;
     /// Vectors across a register tile of matrix products: 1 or 2.
     const TILE_VECTORS: usize;
+    /// Rows of a register tile of products of integers, at most `TILE_ROWS`.
+    const INT_TILE_ROWS: usize;
     /// Rows up to which a tile is a whole panel of weights across: 2, or more where others are too.
     const DIRECT_ROWS: usize;
 
@@ -194,13 +196,16 @@ pub(super) trait Simd: Copy {
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
     /// # Safety
     /// `p` is valid for reading sixteen values.
-    unsafe fn load_i8(self, p: *const i8) -> Self::V;
-    /// # Safety
-    /// `p` is valid for reading sixteen values.
     unsafe fn load_words(self, p: *const u32) -> Self::Words;
-    /// The four bits of each word from `4 * I`, times 2^[`nibble_shift`]`(I)`: they are converted
-    /// where they stand, which spares a shift. I is below 8.
-    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V;
+    fn splat_word(self, word: u32) -> Self::Words;
+    /// Of each half of each word, byte P as a number of 16 bits; P is 0 or 1.
+    fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words;
+    /// Of each half of each word, the four bits from `4 * P`; P is below 4.
+    fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words;
+    /// To each word of `sums` the products of the halves of `a` and `b`, as signed numbers.
+    fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Words as signed numbers, rounded to the nearest.
+    fn words_to_f32(self, words: Self::Words) -> Self::V;
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store_f32(self, p: *mut f32, v: Self::V);
@@ -256,12 +261,6 @@ pub(super) trait Simd: Copy {
         let p = self.fma(p, self.mul(r, r), self.add(r, self.splat(1.0)));
         self.mul(p, self.exp2_integral(n))
     }
-}
-
-/// How far a nibble's place multiplies it: 4 bits each, but the last one is taken from the place of
-/// the one before, since there it would be a sign.
-pub(super) const fn nibble_shift(i: usize) -> u32 {
-    if i < 7 { 4 * i as u32 } else { 24 }
 }
 
 #[inline(always)]
@@ -350,88 +349,43 @@ impl Element for bf16 {
     }
 }
 
-/// Weights as tiles read them: in steps of `INPUTS` inputs, each sixteen stored values for
-/// neighbouring outputs.
-pub(super) trait Weights: Copy + Send + Sync {
-    /// Inputs of a step, 1 or 8.
+/// Integers as tiles read them: words of several inputs of one output, taken apart into pairs of 16-bit
+/// numbers. Pair P is of the inputs P and P + PAIRS of the word.
+pub(super) trait Codes: Copy + Send + Sync {
+    /// Inputs of a word.
     const INPUTS: usize;
-    /// A step in registers.
-    type Step<S: Simd>: Copy;
+    /// Pairs of a word, at most 4.
+    const PAIRS: usize = Self::INPUTS / 2;
 
-    /// # Safety
-    /// `p` is valid for reading sixteen stored values.
-    unsafe fn load_step<S: Simd>(simd: S, p: *const Self) -> Self::Step<S>;
-
-    /// Input I of a step, times [`Weights::factor`]`(I)`.
-    fn input<S: Simd, const I: usize>(simd: S, step: Self::Step<S>) -> S::V;
-
-    /// A power of two that unpacking multiplies input `i` of a step with; activations are divided by it
-    /// beforehand, and products are the same bits.
-    fn factor(i: usize) -> f32;
+    /// Pair P of each word.
+    fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
 }
 
-impl<E: Element> Weights for E {
-    const INPUTS: usize = 1;
-    type Step<S: Simd> = S::V;
-
-    #[inline(always)]
-    unsafe fn load_step<S: Simd>(simd: S, p: *const E) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { E::load(simd, p) }
-    }
-
-    #[inline(always)]
-    fn input<S: Simd, const I: usize>(_: S, step: S::V) -> S::V {
-        step
-    }
-
-    fn factor(_: usize) -> f32 {
-        1.0
-    }
-}
-
-impl Weights for i8 {
-    const INPUTS: usize = 1;
-    type Step<S: Simd> = S::V;
-
-    #[inline(always)]
-    unsafe fn load_step<S: Simd>(simd: S, p: *const i8) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { simd.load_i8(p) }
-    }
-
-    #[inline(always)]
-    fn input<S: Simd, const I: usize>(_: S, step: S::V) -> S::V {
-        step
-    }
-
-    fn factor(_: usize) -> f32 {
-        1.0
-    }
-}
-
-/// Eight codes of four bits, lowest first: inputs of one output.
+/// A word of four bytes, lowest first.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(super) struct Nibbles(pub(super) u32);
+pub(super) struct Bytes(u32);
 
-impl Weights for Nibbles {
+impl Codes for Bytes {
+    const INPUTS: usize = 4;
+
+    #[inline(always)]
+    fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        simd.byte_pair::<P>(words)
+    }
+}
+
+/// A word of eight codes of four bits, lowest first.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Nibbles(u32);
+
+impl Codes for Nibbles {
     const INPUTS: usize = 8;
-    type Step<S: Simd> = S::Words;
 
     #[inline(always)]
-    unsafe fn load_step<S: Simd>(simd: S, p: *const Nibbles) -> S::Words {
-        // SAFETY: the caller's.
-        unsafe { simd.load_words(p.cast()) }
-    }
-
-    #[inline(always)]
-    fn input<S: Simd, const I: usize>(simd: S, words: S::Words) -> S::V {
-        simd.nibble::<I>(words)
-    }
-
-    fn factor(i: usize) -> f32 {
-        (1u32 << nibble_shift(i)) as f32
+    fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        simd.nibble_pair::<P>(words)
     }
 }
 
@@ -603,39 +557,44 @@ mod tests {
     }
 
     #[test]
-    fn codes_are_unpacked() {
-        struct Unpack<W>([W; LANES]);
-        impl<W: Weights> Kernel for Unpack<W> {
+    fn words_are_taken_apart_and_multiplied() {
+        struct Products([u32; LANES], u32);
+        impl Kernel for Products {
             type Output = Vec<[f32; LANES]>;
             #[inline(always)]
             fn run<S: Simd>(self, simd: S) -> Self::Output {
                 // SAFETY: the array has sixteen values.
-                let step = unsafe { W::load_step(simd, self.0.as_ptr()) };
-                let mut inputs = vec![simd.to_array(W::input::<S, 0>(simd, step))];
-                if W::INPUTS == 8 {
-                    inputs.extend([
-                        simd.to_array(W::input::<S, 1>(simd, step)),
-                        simd.to_array(W::input::<S, 2>(simd, step)),
-                        simd.to_array(W::input::<S, 3>(simd, step)),
-                        simd.to_array(W::input::<S, 4>(simd, step)),
-                        simd.to_array(W::input::<S, 5>(simd, step)),
-                        simd.to_array(W::input::<S, 6>(simd, step)),
-                        simd.to_array(W::input::<S, 7>(simd, step)),
-                    ]);
-                }
-                inputs
+                let words = unsafe { simd.load_words(self.0.as_ptr()) };
+                let x = simd.splat_word(self.1);
+                let product = |pair| {
+                    let sums = simd.add_pair_products(simd.splat_word(-7_i32 as u32), pair, x);
+                    simd.to_array(simd.words_to_f32(sums))
+                };
+                vec![
+                    product(Bytes::pair::<S, 0>(simd, words)),
+                    product(Bytes::pair::<S, 1>(simd, words)),
+                    product(Nibbles::pair::<S, 0>(simd, words)),
+                    product(Nibbles::pair::<S, 1>(simd, words)),
+                    product(Nibbles::pair::<S, 2>(simd, words)),
+                    product(Nibbles::pair::<S, 3>(simd, words)),
+                ]
             }
         }
-        for isa in isas() {
-            let mut random = Random::new(5);
-            for _ in 0..100 {
-                let words: [u32; LANES] = std::array::from_fn(|_| random.next_u32());
-                for (i, found) in isa.run(Unpack(words.map(Nibbles))).into_iter().enumerate() {
-                    let code = |word: u32| (word >> (4 * i) & 15) as f32;
-                    assert_eq!(found, words.map(|word| code(word) * Nibbles::factor(i)));
+        let mut random = Random::new(5);
+        for _ in 0..100 {
+            let words: [u32; LANES] = std::array::from_fn(|_| random.next_u32());
+            let x = random.next_u32();
+            let (low, high) = (i32::from(x as i16), i32::from((x >> 16) as i16));
+            let byte = |word: u32, i: usize| i32::from((word >> (8 * i)) as i8);
+            let nibble = |word: u32, i: usize| (word >> (4 * i) & 15) as i32;
+            for isa in isas() {
+                for (p, found) in isa.run(Products(words, x)).into_iter().enumerate() {
+                    let expect = words.map(|word| match p {
+                        0 | 1 => byte(word, p) * low + byte(word, p + 2) * high - 7,
+                        _ => nibble(word, p - 2) * low + nibble(word, p + 2) * high - 7,
+                    });
+                    assert_eq!(found, expect.map(|sum| sum as f32), "{isa}: pair {p}");
                 }
-                let bytes = words.map(|word| word as i8);
-                assert_eq!(isa.run(Unpack(bytes)), [bytes.map(f32::from)]);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Arrays, for the compiler to vectorise.
 
-use super::{Kernel, LANES, Simd, nibble_shift};
+use super::{Kernel, LANES, Simd};
 use half::{bf16, f16};
 
 /// Needs nothing of the machine.
@@ -30,6 +30,7 @@ impl Simd for Portable {
 
     const TILE_ROWS: usize = 6;
     const TILE_VECTORS: usize = 1;
+    const INT_TILE_ROWS: usize = 4;
     const DIRECT_ROWS: usize = 2;
 
     #[inline(never)]
@@ -128,25 +129,40 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load_i8(self, p: *const i8) -> Self::V {
-        // SAFETY: sixteen values are readable.
-        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
-    }
-
-    #[inline(always)]
     unsafe fn load_words(self, p: *const u32) -> Self::Words {
         // SAFETY: sixteen values are readable.
         unsafe { p.cast::<[u32; LANES]>().read_unaligned() }
     }
 
     #[inline(always)]
-    fn nibble<const I: usize>(self, words: Self::Words) -> Self::V {
-        let words = if I < 7 {
-            words
-        } else {
-            words.map(|word| word >> 4)
-        };
-        words.map(|word| (word & (15 << nibble_shift(I))) as i32 as f32)
+    fn splat_word(self, word: u32) -> Self::Words {
+        [word; LANES]
+    }
+
+    #[inline(always)]
+    fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        let byte = |half: u32| u32::from(i16::from((half >> (8 * P)) as i8).cast_unsigned());
+        words.map(|word| byte(word) | byte(word >> 16) << 16)
+    }
+
+    #[inline(always)]
+    fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        words.map(|word| word >> (4 * P) & 0x000f_000f)
+    }
+
+    #[inline(always)]
+    fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        let low = |word: u32| i32::from(word as i16);
+        let high = |word: u32| word.cast_signed() >> 16;
+        std::array::from_fn(|i| {
+            let products = (low(a[i]) * low(b[i])).wrapping_add(high(a[i]) * high(b[i]));
+            sums[i].wrapping_add(products.cast_unsigned())
+        })
+    }
+
+    #[inline(always)]
+    fn words_to_f32(self, words: Self::Words) -> Self::V {
+        words.map(|word| word.cast_signed() as f32)
     }
 
     #[inline(always)]

@@ -1,0 +1,281 @@
+//! Weight matrices as products see them: panels that lie one after the other, the form that rows take
+//! beforehand, and the tile that multiplies both.
+
+use super::fixed::{self, RUN};
+use super::simd::{Codes, Element, Isa, Simd};
+use super::storage::IntPanels;
+use super::tile::{AnyRows, IntTile, Tile};
+use half::bf16;
+use kiln_bundle::packing::PANEL;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Bytes of a panel in a block: half of the L1 cache.
+const BLOCK_BYTES: usize = 16 * 1024;
+
+/// The panels of W in one way of storing them, and rows in the form that suits it.
+///
+/// The rows of a tile are *prepared* together: values of four bytes, (values, rows), each of one input
+/// or several; and where rows are cut into runs, the scale and the sum of each, (runs, rows, 2).
+pub(super) trait Matrix: Copy + Sync {
+    /// Inputs of a prepared value.
+    const INPUTS: usize;
+    /// Inputs of a step of a tile.
+    const STEP_INPUTS: usize;
+
+    /// Rows of the tallest tile.
+    fn tile_rows<S: Simd>() -> usize;
+
+    /// Values of a prepared row.
+    fn values(&self) -> usize;
+
+    /// Runs that end with input `k`, or before.
+    fn runs(&self, k: usize) -> usize;
+
+    /// Inputs of a block that stays in the L1 cache: whole runs and values.
+    fn block_inputs(&self) -> usize;
+
+    /// Bytes that `inputs` inputs of a panel take, about.
+    fn bytes(&self, inputs: usize) -> usize;
+
+    /// Where a block begins; behind the panel for its end.
+    fn block(&self, panel: usize, k: usize) -> *const u8;
+
+    /// Writes `row` as row `r` of a tile.
+    fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>);
+
+    /// Computes a part of a panel for a tile of rows.
+    ///
+    /// # Safety
+    /// `part` is within the panel, its operands exist.
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part);
+}
+
+/// Where the rows of a tile are written to.
+pub(super) struct PreparedTile<'a> {
+    pub(super) rows: usize,
+    /// (values, rows)
+    pub(super) values: &'a mut [f32],
+    /// (runs, rows, 2)
+    pub(super) runs: &'a mut [f32],
+}
+
+/// A block of a panel, some vectors across, and a tile of rows.
+pub(super) struct Part {
+    pub(super) panel: usize,
+    /// The block's inputs.
+    pub(super) inputs: Range<usize>,
+    /// First output within the panel.
+    pub(super) column: usize,
+    pub(super) rows: usize,
+    /// Prepared rows, from the block's first input on.
+    pub(super) x: *const f32,
+    /// Their runs, likewise.
+    pub(super) runs: *const f32,
+    /// Sums, (rows, PANEL).
+    pub(super) sums: *mut f32,
+    /// What to ask for.
+    pub(super) ahead: Ahead,
+}
+
+/// Memory that will be wanted next.
+#[derive(Clone, Copy)]
+pub(super) enum Ahead {
+    /// So many bytes behind what is being multiplied.
+    Behind(usize),
+    /// From an address on, so many bytes in each step.
+    At(*const u8, usize),
+}
+
+/// Panels of floating-point numbers.
+#[derive(Clone, Copy)]
+pub(super) struct Floats<'a, E> {
+    weight: &'a [E],
+    k: usize,
+}
+
+impl<'a, E> Floats<'a, E> {
+    /// Panels of `k` inputs.
+    pub(super) fn new(weight: &'a [E], k: usize) -> Floats<'a, E> {
+        Floats { weight, k }
+    }
+}
+
+impl<E: Element> Matrix for Floats<'_, E> {
+    const INPUTS: usize = 1;
+    const STEP_INPUTS: usize = 1;
+
+    fn tile_rows<S: Simd>() -> usize {
+        S::TILE_ROWS
+    }
+
+    fn values(&self) -> usize {
+        self.k
+    }
+
+    fn runs(&self, _: usize) -> usize {
+        0
+    }
+
+    fn block_inputs(&self) -> usize {
+        BLOCK_BYTES / self.bytes(1)
+    }
+
+    fn bytes(&self, inputs: usize) -> usize {
+        inputs * PANEL * size_of::<E>()
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> *const u8 {
+        self.weight[(panel * self.k + k) * PANEL..].as_ptr().cast()
+    }
+
+    fn prepare(&self, _: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
+        for (x, column) in row.iter().zip(tile.values.chunks_exact_mut(tile.rows)) {
+            column[r] = *x;
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+        let block = self.block(part.panel, part.inputs.start);
+        let (ahead, ahead_step) = match part.ahead {
+            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(1)),
+            Ahead::At(ahead, step) => (ahead, step),
+        };
+        let tile = Tile {
+            k: part.inputs.len(),
+            a: part.x,
+            a_step: part.rows,
+            a_stride: 1,
+            b: block.cast::<E>().wrapping_add(part.column),
+            b_step: PANEL,
+            c: part.sums,
+            c_stride: PANEL,
+            resume: part.inputs.start > 0,
+            ahead,
+            ahead_step,
+        };
+        // SAFETY: the caller's.
+        unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
+    }
+}
+
+/// Panels of integers, in words of C.
+#[derive(Clone, Copy)]
+pub(super) struct Integers<'a, C> {
+    panels: IntPanels<'a>,
+    k: usize,
+    /// Inputs of a group.
+    group: usize,
+    words: PhantomData<C>,
+}
+
+impl<'a, C> Integers<'a, C> {
+    /// Panels of `k` inputs.
+    pub(super) fn new(panels: IntPanels<'a>, k: usize) -> Integers<'a, C> {
+        Integers {
+            panels,
+            k,
+            group: panels.format.group(k).max(1),
+            words: PhantomData,
+        }
+    }
+}
+
+impl<C: Codes> Matrix for Integers<'_, C> {
+    const INPUTS: usize = 2;
+    const STEP_INPUTS: usize = C::INPUTS;
+
+    fn tile_rows<S: Simd>() -> usize {
+        S::INT_TILE_ROWS
+    }
+
+    fn values(&self) -> usize {
+        self.k.next_multiple_of(C::INPUTS) / 2
+    }
+
+    fn runs(&self, k: usize) -> usize {
+        fixed::runs(k, self.group)
+    }
+
+    fn block_inputs(&self) -> usize {
+        // A group's scales lie before its first input: a block is of whole groups, unless there is only
+        // one.
+        let unit = match self.group == self.k {
+            true => RUN,
+            false => self.group,
+        };
+        (BLOCK_BYTES / self.bytes(unit)).max(1) * unit
+    }
+
+    fn bytes(&self, inputs: usize) -> usize {
+        inputs.div_ceil(C::INPUTS) * PANEL * size_of::<C>()
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> *const u8 {
+        let first = k / self.group * self.group;
+        let codes = self.bytes(k - first);
+        self.panels.group(panel, first).wrapping_add(codes)
+    }
+
+    fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
+        let values: &mut [u32] = bytemuck::cast_slice_mut(tile.values);
+        let mut values = values.chunks_exact_mut(tile.rows);
+        let mut runs = tile.runs.chunks_exact_mut(2 * tile.rows);
+        for run in row.chunks(self.group).flat_map(|group| group.chunks(RUN)) {
+            let mut integers = [0.0; RUN];
+            let numbers = fixed::round(isa, run, &mut integers);
+            if let Some(runs) = runs.next() {
+                runs[2 * r..][..2].copy_from_slice(&numbers);
+            }
+            // What fills up the last word is zero.
+            for word in integers[..run.len().next_multiple_of(C::INPUTS)].chunks_exact(C::INPUTS) {
+                let (low, high) = word.split_at(C::PAIRS);
+                for (low, high) in low.iter().zip(high) {
+                    let half = |x: f32| u32::from((x as i16).cast_unsigned());
+                    if let Some(values) = values.next() {
+                        values[r] = half(*low) | half(*high) << 16;
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+        let format = self.panels.format;
+        let first = part.inputs.start;
+        let header = self.panels.group(part.panel, first);
+        let scales = header.cast::<bf16>().wrapping_add(part.column);
+        let codes = self
+            .block(part.panel, first)
+            .wrapping_add(format.header_bytes());
+        let (ahead, ahead_step, ahead_group) = match part.ahead {
+            Ahead::Behind(bytes) => (
+                codes.wrapping_add(bytes),
+                self.bytes(1),
+                format.header_bytes(),
+            ),
+            Ahead::At(ahead, step) => (ahead, step, 0),
+        };
+        let tile = IntTile {
+            k: part.inputs.len(),
+            group: self.group,
+            group_bytes: format.group_bytes(self.group),
+            x: part.x.cast(),
+            runs: part.runs,
+            codes: codes.cast::<C>().wrapping_add(part.column),
+            scales,
+            minima: format.has_minimum().then(|| scales.wrapping_add(PANEL)),
+            c: part.sums,
+            resume: first > 0,
+            ahead,
+            ahead_step,
+            ahead_group,
+        };
+        // SAFETY: the caller's.
+        unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
+    }
+}
