@@ -9,7 +9,7 @@ use kiln_bundle::{
     Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
     Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
 };
-use kiln_ir::Graph;
+use kiln_ir::{Graph, WeightId, WeightSource};
 use kiln_models::{ModelConfig, Weights, build};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -321,7 +321,19 @@ fn plan(
 
 /// Matrices that are not stored as the others.
 fn exceptions(graph: &Graph, stored: &Stored<'_>) -> BTreeMap<String, WeightFormat> {
-    let matrices = graph.weights().filter(|(id, _)| stored.is_matrix(*id));
+    // What a matrix is joined from is not stored by itself.
+    let parts: BTreeSet<WeightId> = graph
+        .weights()
+        .filter_map(|(_, weight)| match &weight.source {
+            WeightSource::Concat(parts) => Some(parts),
+            WeightSource::Load { .. } => None,
+        })
+        .flatten()
+        .copied()
+        .collect();
+    let matrices = graph
+        .weights()
+        .filter(|(id, _)| stored.is_matrix(*id) && !parts.contains(id));
     matrices
         .map(|(id, weight)| (weight.name.clone(), stored.format(id)))
         .filter(|(_, format)| *format != stored.common_format())

@@ -282,10 +282,8 @@ impl GptqCheckpoint {
                 true => Err(self.bad(
                     &name,
                     format!("a zero point stored as {highest}"),
-                    format!(
-                        "less than that in the format \"gptq\", which stores them less one and has no \
-                         place for 0; quantise symmetrically, or save as \"gptq_v2\""
-                    ),
+                    "less than that in the format \"gptq\", which stores them less one and has no place \
+                     for 0; quantise symmetrically, or save as \"gptq_v2\"",
                 )),
             })
             .collect()

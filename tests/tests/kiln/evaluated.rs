@@ -39,11 +39,11 @@ fn perplexity(weights: &str, text: &str) -> f64 {
 #[test]
 fn both_perplexities_are_those_of_kiln_eval() {
     let dir = TempDir::new().unwrap();
+    let model = repository("models/demo");
     let [text, bundle] = ["text.txt", "out.kiln"].map(|name| dir.path().join(name));
     let whole = fs::read_to_string(fixture("held-out.txt")).unwrap();
     fs::write(&text, &whole[..700]).unwrap();
-    let [model, text, bundle] =
-        [&repository("models/demo"), &text, &bundle].map(|path| path.to_str().unwrap());
+    let [model, text, bundle] = [&model, &text, &bundle].map(|path| path.to_str().unwrap());
     let exact = perplexity("f32", text);
     for weights in ["int4", "int8", "bf16"] {
         let mut arguments = vec!["compile", model, "-o", bundle, "--weights", weights];

@@ -5,7 +5,7 @@ use kiln_compiler::{CompileOptions, Compiled, Model, Silent, compile};
 use kiln_tests::{TestBundle, deviation, failure, fixture, program, tensors};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use std::fs;
+use std::{fs, path::Path};
 use tempfile::TempDir;
 
 /// Sums in f32, as everywhere.
@@ -31,7 +31,8 @@ fn compiled(model: &str, options: &CompileOptions) -> Compiled {
     compile(model, &dir.path().join("bundle"), options, &Silent).unwrap()
 }
 
-fn check_logits(model: &str, weights: Option<&str>, tolerance: f32) {
+/// Compares the logits of a bundle with the expected ones of a fixture.
+fn check_logits(bundle: &TestBundle, model: &str, tolerance: f32) {
     let expected = tensors(&fixture(&format!("expected/{model}.safetensors")));
     let text = fs::read_to_string(fixture(&format!("expected/{model}.json"))).unwrap();
     let cases: Value = serde_json::from_str(&text).unwrap();
@@ -40,14 +41,13 @@ fn check_logits(model: &str, weights: Option<&str>, tolerance: f32) {
         .iter()
         .map(|prompt| json!({"prompt_ids": prompt["prompt_ids"], "max_new_tokens": 1}))
         .collect();
-    let bundle = TestBundle::compile(&fixture(model), &options(weights));
     let found = bundle.generate(&requests, &[], None);
     for (name, expected) in &expected {
         let rows = expected.shape[0];
         let off = deviation(found.logits[name].first_rows(rows)[0], &expected.data);
         assert!(
             off < tolerance,
-            "{model}, {weights:?}, {name}: off by {off}"
+            "{model}, {name}: off by {off} of {tolerance}"
         );
     }
 }
@@ -64,7 +64,8 @@ fn integers_compute_what_they_stand_for() {
         ("tiny-gpt2-gptq", Some("f32"), EXACT),
         ("tiny-opt-gptq-act", Some("f32"), EXACT),
     ] {
-        check_logits(model, weights, tolerance);
+        let bundle = TestBundle::compile(&fixture(model), &options(weights));
+        check_logits(&bundle, model, tolerance);
     }
 }
 
@@ -229,17 +230,49 @@ fn bundles_verify_and_evaluate() {
     }
 }
 
+/// Writes what a checkpoint's integers stand for.
+fn export(model: &str, dir: &Path) {
+    let mut command = program("kilnc");
+    command.arg("export").arg(fixture(model)).arg("-o").arg(dir);
+    assert!(command.status().unwrap().success());
+}
+
+#[test]
+fn what_is_not_of_integers_keeps_its_type() {
+    let dir = TempDir::new().unwrap();
+    export("tiny-opt-gptq", dir.path());
+    let weights = dir.path().join("model.safetensors");
+    let [own, exported] = [fixture("tiny-opt-gptq/model.safetensors"), weights.clone()];
+    let [own, exported] = [own, exported].map(|path| fs::read(path).unwrap());
+    let [own, exported] = [&own, &exported].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    let is_attention = |name: &str| name.contains("self_attn.");
+    let own = own.iter().filter(|(name, _)| !is_attention(name));
+    let exported = exported.iter().filter(|(name, _)| is_attention(name));
+    let mixed = safetensors::serialize(own.chain(exported), None).unwrap();
+    fs::write(&weights, mixed).unwrap();
+    fs::copy(
+        fixture("tiny-opt-gptq/config.json"),
+        dir.path().join("config.json"),
+    )
+    .unwrap();
+
+    let bundle = TestBundle::compile(dir.path(), &options(None));
+    let manifest = Bundle::open(&bundle.path()).unwrap().manifest().clone();
+    let target = &manifest.targets[0];
+    let format = |matrix: &str| {
+        target
+            .format(&format!("layers.1.{matrix}.weight"))
+            .to_string()
+    };
+    let found = ["attention.qkv", "attention.out", "ffn.up", "ffn.down"].map(format);
+    assert_eq!(found, ["f16", "f16", "int4:g32", "int4:g32"]);
+    check_logits(&bundle, "tiny-opt-gptq", SCALES);
+}
+
 #[test]
 fn exported_checkpoints_hold_what_integers_stand_for() {
     let dir = TempDir::new().unwrap();
-    let status = program("kilnc")
-        .arg("export")
-        .arg(fixture("tiny-opt-gptq"))
-        .arg("-o")
-        .arg(dir.path())
-        .status()
-        .unwrap();
-    assert!(status.success());
+    export("tiny-opt-gptq", dir.path());
     let [own, exported] = [&fixture("tiny-opt-gptq"), dir.path()].map(|model| {
         let model = Model::open(model).unwrap();
         let bundle = dir.path().join("bundle");
