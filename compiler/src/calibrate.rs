@@ -13,12 +13,15 @@
 //! group's grid is fitted when its first input is reached, to the weights as they are by then.
 
 use crate::{
-    CompileError, IntRows, LogitRows, Progress, Stored, interpret::Interpreter, quantise::Grid,
+    CompileError, IntRows, Progress, Stored,
+    interpret::{Interpreter, Sums, Values},
+    product::dot,
+    quantise::Grid,
 };
 use kiln_bundle::IntFormat;
 use kiln_ir::{Graph, Op, ValueId, WeightId};
 use rayon::prelude::*;
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 /// Added to the diagonal of H, as a share of its mean: inputs that hardly vary in the text would
 /// otherwise take up any error.
@@ -27,9 +30,12 @@ const DAMPING: f64 = 0.01;
 const BLOCK_ROWS: usize = 16;
 /// Columns that are solved together.
 const BLOCK_COLUMNS: usize = 64;
+/// Tokens whose inputs are summed in f32, before they are added to those of others in f64.
+const BLOCK_TOKENS: usize = 512;
 
-/// Rounds every matrix that is to be of integers, but for the LM head, on a text of `windows` tokens.
-/// The results are left in `stored`.
+/// Rounds every matrix that is to be of integers, but for the LM head and those whose codes are the
+/// checkpoint's, on a text of `windows` tokens. The results are left in `stored`; their number is
+/// returned.
 ///
 /// # Errors
 /// A weight that cannot be read, or a cancellation.
@@ -38,7 +44,7 @@ pub fn calibrate(
     stored: &mut Stored<'_>,
     windows: &[Vec<u32>],
     progress: &dyn Progress,
-) -> Result<(), CompileError> {
+) -> Result<usize, CompileError> {
     let order = graph.schedule().unwrap_or_default();
     let matrices: Vec<(ValueId, WeightId, IntFormat)> = order
         .iter()
@@ -47,14 +53,10 @@ pub fn calibrate(
             Op::Matmul { weight } => Some((value, weight, stored.format(weight).int()?)),
             _ => None,
         })
+        .filter(|&(_, weight, format)| !stored.keeps(weight, format))
         .collect();
-    let mut uses: HashMap<ValueId, usize> = HashMap::new();
-    for &value in &order {
-        for operand in graph.operands(value) {
-            *uses.entry(operand).or_default() += 1;
-        }
-    }
-    let mut values: Vec<HashMap<ValueId, Vec<f32>>> = vec![HashMap::new(); windows.len()];
+    let tokens = windows.iter().map(Vec::len).sum();
+    let mut values = Values::new(graph, (0..tokens).collect());
     // q, k and v have the same inputs.
     let mut factor: Option<(ValueId, Arc<Factor>)> = None;
     let mut done = 0;
@@ -65,16 +67,15 @@ pub fn calibrate(
         if progress.cancelled() {
             return Err(CompileError::Cancelled);
         }
-        let operands = graph.operands(value);
         if let Some(&(_, weight, format)) = matrices.iter().find(|(at, ..)| *at == value) {
-            let operand = operands[0];
+            let operand = graph.operands(value)[0];
             let k = graph.weight(weight).shape[1];
             let shared = match factor {
                 Some((of, shared)) if of == operand => shared,
-                _ => Arc::new(Factor::new(
-                    values.iter().map(|values| &values[&operand][..]),
-                    k,
-                )),
+                _ => {
+                    let inputs = values.of[&operand].chunks(BLOCK_TOKENS * k);
+                    Arc::new(Factor::new(inputs, k))
+                }
             };
             let rows = stored.exact_rows(weight, 0..graph.weight(weight).shape[0])?;
             let rounded = shared.round(rows, format);
@@ -83,29 +84,16 @@ pub fn calibrate(
             done += 1;
             progress.advance(done as u64, matrices.len() as u64);
         }
-        for (values, window) in values.iter_mut().zip(windows) {
-            let interpreter = Interpreter {
-                graph,
-                weights: &*stored,
-                token_ids: window,
-                rows: LogitRows::All,
-                values: std::mem::take(values),
-            };
-            let result = interpreter.node(value)?;
-            *values = interpreter.values;
-            values.insert(value, result);
-        }
-        for operand in operands {
-            let left = uses.entry(operand).or_default();
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                values
-                    .iter_mut()
-                    .for_each(|values| drop(values.remove(&operand)));
-            }
-        }
+        let mut interpreter = Interpreter {
+            graph,
+            weights: &*stored,
+            sequences: windows,
+            sums: Sums::Narrow,
+            values: &mut values,
+        };
+        interpreter.step(value)?;
     }
-    Ok(())
+    Ok(done)
 }
 
 /// U of the module's documentation.
@@ -187,17 +175,6 @@ fn accumulate(h: &mut [f64], x: &[f32], k: usize) {
             *sum += f64::from(dot(column(i), column(j)));
         }
     });
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0.0; LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
-        }
-    }
-    lanes.iter().sum()
 }
 
 fn dot_wide(a: &[f64], b: &[f64]) -> f64 {

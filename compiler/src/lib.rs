@@ -8,6 +8,8 @@
 
 mod calibrate;
 pub mod cuda;
+mod evaluate;
+mod integers;
 mod interpret;
 mod model;
 mod options;
@@ -17,17 +19,20 @@ mod pipeline;
 mod plan;
 mod plan_memory;
 mod predict;
+mod product;
 mod quantise;
 mod specialise;
 mod stored;
 mod tokenizer;
 
 pub use calibrate::{Factor, calibrate};
+pub use evaluate::{EvalText, Evaluated};
+pub use integers::OwnFormat;
 pub use interpret::{Evaluation, LogitRows, interpret};
 pub use model::{Model, ModelError};
 pub use options::{CompileOptions, ElementTypes, OptionError, TargetChoice};
 pub use package::{PackageError, pack_weights};
-pub use pipeline::compile;
+pub use pipeline::{Compiled, compile};
 pub use plan::{KernelPlan, KernelText, executable_name};
 pub use plan_memory::{MemoryPlan, plan_memory};
 pub use predict::{GPUS, Gpu, Prediction, predict};
@@ -115,6 +120,14 @@ pub enum CompileError {
     /// The text of `--calibrate`.
     #[error("cannot calibrate on {}: {problem}", path.display())]
     Calibrate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The text of `--eval`.
+    #[error("cannot evaluate on {}: {problem}", path.display())]
+    Eval {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.

@@ -88,9 +88,10 @@ impl Model {
     /// # Errors
     /// A config.json or weights that cannot be used.
     pub fn open(dir: &Path) -> Result<Model, ModelError> {
+        let config = ModelConfig::load(dir)?;
         Ok(Model {
-            config: ModelConfig::load(dir)?,
-            checkpoint: checkpoint::open(dir)?,
+            checkpoint: checkpoint::dequantised(checkpoint::open(dir)?, &config)?,
+            config,
             tokenizer_dir: Some(dir.to_owned()),
         })
     }

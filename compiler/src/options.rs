@@ -29,14 +29,18 @@ pub struct CompileOptions {
     /// f32 for the CPU alone; with a GPU among the targets that of the weights, where it is one of 16
     /// bits, else f16.
     pub dtype: Option<DType>,
-    /// How weight matrices are stored. When absent: as the checkpoint's own; with a GPU among the
-    /// targets, as `dtype`.
+    /// How weight matrices are stored. When absent: as the checkpoint's own, be they integers; with a GPU
+    /// among the targets, as `dtype`.
     pub weights: Option<WeightFormat>,
-    /// How the LM head is stored, and the token table. When absent: as int8 where `weights` are
-    /// integers, else as `weights`.
+    /// How the LM head is stored, and the token table. When absent: as int8 where `weights` are given as
+    /// integers, else as `weights` or, where these are absent, as in the checkpoint.
     pub lm_head: Option<WeightFormat>,
     /// A text to round matrices of integers by; without it each weight is rounded to the nearest.
     pub calibrate: Option<PathBuf>,
+    /// A text whose perplexity is computed, by the checkpoint's weights and by those that are stored.
+    pub eval: Option<PathBuf>,
+    /// Tokens of that text that are read at most, two or more.
+    pub eval_tokens: usize,
     /// Leave out the machine code of CUDA targets.
     pub emit_only: bool,
     /// Most sequences in a step.
@@ -62,6 +66,8 @@ impl Default for CompileOptions {
             weights: None,
             lm_head: None,
             calibrate: None,
+            eval: None,
+            eval_tokens: 4096,
             emit_only: false,
             max_batch: 16,
             max_seq_len: None,
@@ -107,6 +113,8 @@ pub struct ElementTypes {
     pub weights: WeightFormat,
     /// Of the LM head and of the token table.
     pub lm_head: WeightFormat,
+    /// Of matrices that the checkpoint does not store as integers, where `weights` are its own.
+    pub others: WeightFormat,
     /// Of position tables.
     pub tables: DType,
 }
@@ -118,6 +126,7 @@ impl ElementTypes {
             dtype,
             weights,
             lm_head: weights,
+            others: weights,
             tables: weights.element(),
         }
     }
@@ -139,12 +148,16 @@ impl CompileOptions {
         targets
     }
 
-    /// The element types that follow from the choices.
+    /// The element types that follow from the choices; `own` is how the checkpoint stores matrices.
     ///
     /// # Errors
     /// Types that a GPU among the targets does not take.
-    pub fn element_types(&self, config: &ModelConfig) -> Result<ElementTypes, OptionError> {
-        let own = WeightFormat::of(config.dtype).unwrap_or(WeightFormat::F32);
+    pub fn element_types(
+        &self,
+        config: &ModelConfig,
+        own: WeightFormat,
+    ) -> Result<ElementTypes, OptionError> {
+        let float = WeightFormat::of(config.dtype).unwrap_or(WeightFormat::F32);
         if let Some(path) = &self.calibrate
             && self.weights.and_then(WeightFormat::int).is_none()
         {
@@ -156,16 +169,19 @@ impl CompileOptions {
         }
         if self.cuda_targets().is_empty() {
             let weights = self.weights.unwrap_or(own);
-            let lm_head = self.lm_head.unwrap_or(match weights {
-                WeightFormat::Int(_) => WeightFormat::Int(IntFormat::Int8 { group: None }),
-                float => float,
+            // What the checkpoint has in another type than its integers keeps that type.
+            let lm_head = self.lm_head.unwrap_or(match self.weights {
+                Some(WeightFormat::Int(_)) => WeightFormat::Int(IntFormat::Int8 { group: None }),
+                Some(float) => float,
+                None => float,
             });
             return Ok(ElementTypes {
                 dtype: self.dtype.unwrap_or(DType::F32),
                 weights,
                 lm_head,
+                others: self.weights.unwrap_or(float),
                 tables: match weights {
-                    WeightFormat::Int(_) => own.element(),
+                    WeightFormat::Int(_) => float.element(),
                     float => float.element(),
                 },
             });

@@ -1,21 +1,32 @@
 //! The compiler as one page.
 
 use crate::{
-    Calibrated, CompileError, CompileOptions, LogitRows, Model, Progress, Stored, TargetChoice,
-    calibrate, cuda, executable_name, interpret, pack_weights, passes, plan::KernelPlan,
-    plan_memory, specialise, tokenizer,
+    Calibrated, CompileError, CompileOptions, ElementTypes, EvalText, Evaluated, LogitRows, Model,
+    OwnFormat, Progress, Stored, TargetChoice, calibrate, cuda, executable_name, interpret,
+    pack_weights, passes, plan::KernelPlan, plan_memory, specialise, tokenizer,
 };
 use kiln_bundle::{
     Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
     Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
 };
-use kiln_ir::Graph;
+use kiln_ir::{Graph, WeightId, WeightSource};
 use kiln_models::{ModelConfig, Weights, build};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
 };
+
+/// What came of a compilation.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// The bundle's manifest.
+    pub manifest: Manifest,
+    /// Where a text was given to evaluate on.
+    pub evaluated: Option<Evaluated>,
+    /// What the caller may not expect.
+    pub notes: Vec<String>,
+}
 
 /// Compiles a model into a bundle at `output`.
 ///
@@ -26,7 +37,7 @@ pub fn compile(
     output: &Path,
     options: &CompileOptions,
     progress: &dyn Progress,
-) -> Result<Manifest, CompileError> {
+) -> Result<Compiled, CompileError> {
     let Model {
         config,
         checkpoint,
@@ -34,13 +45,6 @@ pub fn compile(
     } = model;
     let limits = options.limits(&config)?;
     let buckets = options.buckets(&limits)?;
-    let types = options.element_types(&config)?;
-    let gpus = options.cuda_targets();
-    // Without a toolchain nothing that follows is of use.
-    let toolchain = match gpus.is_empty() || options.emit_only {
-        true => None,
-        false => Some(cuda::Nvrtc::find()?),
-    };
     let mut dump = Dump::new(options.dump_ir.as_deref());
 
     progress.stage("build");
@@ -48,10 +52,25 @@ pub fn compile(
     verified("build", &graph)?;
     dump.write("build.ir", &graph)?;
     let weights = Weights::bind(&graph, config.architecture, checkpoint)?;
+    let float = WeightFormat::of(config.dtype).unwrap_or(WeightFormat::F32);
+    let own = OwnFormat::of(&passes::fuse(graph.clone()), &weights, float);
+    let types = options.element_types(&config, own.format)?;
+    let gpus = options.cuda_targets();
+    // Without a toolchain nothing that follows is of use.
+    let toolchain = match gpus.is_empty() || options.emit_only {
+        true => None,
+        false => Some(cuda::Nvrtc::find()?),
+    };
     let tokenizer = tokenizer_dir
         .map(|dir| tokenizer::build(&dir, &config))
         .transpose()?
         .flatten();
+
+    // What is wrong with it is said before anything takes long.
+    let text = match &options.eval {
+        Some(path) => Some(eval_text(path, tokenizer.as_deref(), options, &limits)?),
+        None => None,
+    };
 
     progress.stage("fuse");
     let fused = passes::fuse(graph.clone());
@@ -59,11 +78,32 @@ pub fn compile(
     dump.write("fuse.ir", &fused)?;
 
     let mut exact = Stored::new(&graph, &weights, &types, Calibrated::new());
+    let notes = notes(own, &types, options, &exact);
     if let Some(path) = &options.calibrate {
         progress.stage("calibrate");
         let windows = calibration_windows(path, tokenizer.as_deref(), &config)?;
-        calibrate(&graph, &mut exact, &windows, progress)?;
+        if calibrate(&graph, &mut exact, &windows, progress)? == 0 {
+            return Err(CompileError::Calibrate {
+                path: path.clone(),
+                problem: "the checkpoint's own integers are kept, and nothing is left to round"
+                    .to_owned(),
+            });
+        }
     }
+    let evaluated = match text {
+        Some((text_tokens, text)) => {
+            progress.stage("evaluate");
+            Some(evaluate(
+                &graph,
+                &weights,
+                &exact,
+                text_tokens,
+                &text,
+                progress,
+            )?)
+        }
+        None => None,
+    };
     let stored = Stored::new(&fused, &weights, &types, exact.calibrated().clone());
 
     progress.stage("specialise");
@@ -124,7 +164,40 @@ pub fn compile(
 
     progress.stage("self-test");
     manifest.self_test = self_test(&graph, &exact, &manifest, types.dtype, progress)?;
-    Ok(writer.finish(manifest)?)
+    let manifest = writer.finish(manifest)?;
+    Ok(Compiled {
+        manifest,
+        evaluated,
+        notes,
+    })
+}
+
+/// What becomes of a checkpoint's integers, where they are not kept and nobody asked for it.
+fn notes(
+    own: OwnFormat,
+    types: &ElementTypes,
+    options: &CompileOptions,
+    stored: &Stored<'_>,
+) -> Vec<String> {
+    let mut notes = vec![];
+    if options.weights.is_none() {
+        notes.extend(own.note);
+        if own.format.int().is_some() && types.weights.int().is_none() {
+            notes.push(format!(
+                "the checkpoint's {} are stored as the {} that they stand for: CUDA targets have no integer \
+                 weights yet",
+                own.format, types.weights
+            ));
+        }
+    }
+    match stored.rounded_again() {
+        0 => {}
+        count => notes.push(format!(
+            "{count} matrices that the checkpoint has as other integers are rounded again, to {}",
+            types.weights
+        )),
+    }
+    notes
 }
 
 /// Tokens that matrices are calibrated on at most, and those of a window.
@@ -141,9 +214,7 @@ fn calibration_windows(
         path: path.to_owned(),
         problem,
     };
-    let tokenizer = tokenizer.ok_or_else(|| fail("the model has no tokenizer".to_owned()))?;
-    let text = fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
-    let mut ids = tokenizer::encode(tokenizer, &text).map_err(fail)?;
+    let mut ids = token_ids(path, tokenizer).map_err(fail)?;
     ids.truncate(CALIBRATION_TOKENS);
     let start = ids
         .first()
@@ -158,6 +229,64 @@ fn calibration_windows(
     Ok(windows
         .map(|window| start.iter().chain(window).copied().collect())
         .collect())
+}
+
+/// The tokens of a file; else what is wrong.
+fn token_ids(path: &Path, tokenizer: Option<&str>) -> Result<Vec<u32>, String> {
+    let tokenizer = tokenizer.ok_or("the model has no tokenizer")?;
+    let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
+    tokenizer::encode(tokenizer, &text)
+}
+
+/// The number of a text's tokens, and the first of them in windows of the bundle's longest sequence.
+fn eval_text(
+    path: &Path,
+    tokenizer: Option<&str>,
+    options: &CompileOptions,
+    limits: &Limits,
+) -> Result<(usize, EvalText), CompileError> {
+    let fail = |problem: String| CompileError::Eval {
+        path: path.to_owned(),
+        problem,
+    };
+    let ids = token_ids(path, tokenizer).map_err(fail)?;
+    let read = &ids[..ids.len().min(options.eval_tokens)];
+    if read.len() < 2 {
+        return Err(fail("it has fewer than two tokens".to_owned()));
+    }
+    let window = limits.max_seq_len as usize;
+    if window < 2 {
+        return Err(fail("--max-seq-len 1 leaves no token a context".to_owned()));
+    }
+    Ok((ids.len(), EvalText::new(read, window)))
+}
+
+/// The text's perplexity by the checkpoint's weights and by those that are stored.
+fn evaluate(
+    graph: &Graph,
+    weights: &Weights,
+    stored: &Stored<'_>,
+    text_tokens: usize,
+    text: &EvalText,
+    progress: &dyn Progress,
+) -> Result<Evaluated, CompileError> {
+    let total = 2 * text.work(graph);
+    let mut done = 0;
+    let mut advance = |work| {
+        done += work;
+        progress.advance(done, total);
+    };
+    let exact = ElementTypes::of(DType::F32, WeightFormat::F32);
+    let exact = Stored::new(graph, weights, &exact, Calibrated::new());
+    Ok(Evaluated {
+        text_tokens,
+        tokens: text.scored + 1,
+        scored: text.scored,
+        window: text.window,
+        stride: text.stride,
+        perplexity_before: text.perplexity(graph, &exact, progress, &mut advance)?,
+        perplexity_after: text.perplexity(graph, stored, progress, &mut advance)?,
+    })
 }
 
 /// The programs of both phases, and an executable for each bucket.
@@ -192,7 +321,19 @@ fn plan(
 
 /// Matrices that are not stored as the others.
 fn exceptions(graph: &Graph, stored: &Stored<'_>) -> BTreeMap<String, WeightFormat> {
-    let matrices = graph.weights().filter(|(id, _)| stored.is_matrix(*id));
+    // What a matrix is joined from is not stored by itself.
+    let parts: BTreeSet<WeightId> = graph
+        .weights()
+        .filter_map(|(_, weight)| match &weight.source {
+            WeightSource::Concat(parts) => Some(parts),
+            WeightSource::Load { .. } => None,
+        })
+        .flatten()
+        .copied()
+        .collect();
+    let matrices = graph
+        .weights()
+        .filter(|(id, _)| stored.is_matrix(*id) && !parts.contains(id));
     matrices
         .map(|(id, weight)| (weight.name.clone(), stored.format(id)))
         .filter(|(_, format)| *format != stored.common_format())

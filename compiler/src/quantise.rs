@@ -170,6 +170,37 @@ impl Grid {
         best.1
     }
 
+    /// The grid on which given codes are nearest to `scale * (code - zero)`: scale and minimum must be
+    /// rounded to bf16, and the minimum makes up for what that changes in the scale.
+    pub(crate) fn nearest(codes: &[i8], scale: f64, zero: f64, format: IntFormat) -> Grid {
+        let (n, q, qq) = codes.iter().fold((0.0, 0.0, 0.0), |(n, q, qq), &code| {
+            let code = f64::from(code);
+            (n + 1.0, q + code, qq + code * code)
+        });
+        let rounded = bf16::from_f64(scale);
+        let step = if rounded.to_f64() < scale { 1 } else { -1 };
+        let other = bf16::from_bits(rounded.to_bits().saturating_add_signed(step));
+        let grids = [rounded, other].map(|near| {
+            // Each value is off by slope * code + offset.
+            let slope = near.to_f64() - scale;
+            let minimum = match format.has_minimum() {
+                true => bf16::from_f64(-scale * zero - slope * q / n),
+                false => bf16::ZERO,
+            };
+            let offset = minimum.to_f64() + scale * zero;
+            let error = slope * slope * qq + 2.0 * slope * offset * q + n * offset * offset;
+            let grid = Grid {
+                scale: near,
+                minimum,
+            };
+            (error, grid)
+        });
+        match grids[1].0 < grids[0].0 {
+            true => grids[1].1,
+            false => grids[0].1,
+        }
+    }
+
     /// A scale that would vanish is made the smallest there is, so that a group can be divided by it.
     fn of(scale: f32, minimum: f32) -> Grid {
         let scale = bf16::from_f32(scale);

@@ -1,6 +1,6 @@
 //! A model's weights as the bundle stores them.
 
-use crate::{ElementTypes, IntRows};
+use crate::{ElementTypes, IntRows, integers};
 use kiln_bundle::{IntFormat, WeightFormat};
 use kiln_ir::{DType, Graph, Op, WeightId, WeightSource};
 use kiln_models::{WeightError, Weights};
@@ -74,9 +74,36 @@ impl<'a> Stored<'a> {
             WeightFormat::of(self.types.tables).unwrap_or(WeightFormat::F32)
         } else if self.heads.contains(&id) {
             self.types.lm_head
+        } else if self.types.others != self.types.weights && !self.is_integers(id) {
+            self.types.others
         } else {
             self.types.weights
         }
+    }
+
+    /// Whether the checkpoint stores a weight, or all that it is joined from, as integers.
+    fn is_integers(&self, id: WeightId) -> bool {
+        match &self.graph.weight(id).source {
+            WeightSource::Load { .. } => self.weights.integers(self.graph, id).is_some(),
+            WeightSource::Concat(parts) => parts.iter().all(|&part| self.is_integers(part)),
+        }
+    }
+
+    /// Whether a matrix has codes in the checkpoint that a format holds.
+    pub(crate) fn keeps(&self, id: WeightId, format: IntFormat) -> bool {
+        let integers = self.weights.integers(self.graph, id);
+        integers.is_some_and(|integers| integers::holds(format, integers))
+    }
+
+    /// Matrices whose codes in the checkpoint their format does not hold, so that they are rounded again.
+    pub(crate) fn rounded_again(&self) -> usize {
+        let matrices = self.graph.weights().filter(|(id, _)| {
+            let format = self.format(*id).int();
+            format.is_some_and(|format| self.is_integers(*id) && !self.keeps(*id, format))
+        });
+        matrices
+            .filter(|(_, weight)| matches!(weight.source, WeightSource::Load { .. }))
+            .count()
     }
 
     /// How matrices are stored, but for the LM head and the token table.
@@ -133,6 +160,12 @@ impl<'a> Stored<'a> {
         let k = weight.shape[1..].iter().product();
         if let Some(rounded) = self.calibrated.get(&weight.name) {
             return Ok(rounded.rows(rows));
+        }
+        if let Some(integers) = self.weights.integers(self.graph, id)
+            && integers::holds(format, integers)
+            && let Some(rows) = self.weights.integer_rows(self.graph, id, rows.clone())?
+        {
+            return Ok(integers::keep(format, integers, &rows));
         }
         let WeightSource::Concat(parts) = &weight.source else {
             return Ok(IntRows::round(&self.exact_rows(id, rows)?, k, format));

@@ -59,9 +59,13 @@ pub enum TokenizerError {
     },
 }
 
-/// The ids of a text, with what the model expects around it; else what is wrong.
+/// The ids of a whole text, with what the model expects around it; else what is wrong.
 pub fn encode(tokenizer: &str, text: &str) -> Result<Vec<u32>, String> {
-    let tokenizer: Tokenizer = tokenizer.parse().map_err(|error| format!("{error}"))?;
+    let mut tokenizer: Tokenizer = tokenizer.parse().map_err(|error| format!("{error}"))?;
+    tokenizer
+        .with_padding(None)
+        .with_truncation(None)
+        .map_err(|error| error.to_string())?;
     let encoding = tokenizer
         .encode(text, true)
         .map_err(|error| error.to_string())?;

@@ -44,6 +44,7 @@ pub fn builtin(name: &str) -> Option<ModelConfig> {
         scale_by_inverse_layer: false,
         tied_head: true,
         dtype: DType::F32,
+        quantisation: None,
         bos_token_id: Some(50256),
         eos_token_ids: vec![50256],
         pad_token_id: None,

@@ -102,12 +102,25 @@ pub struct ModelConfig {
     pub tied_head: bool,
     /// Element type that the checkpoint was saved in.
     pub dtype: DType,
+    /// How linears are stored as integers, where they are.
+    pub quantisation: Option<GptqConfig>,
     /// The token that starts a text; it may lie outside a reduced vocabulary.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,
     /// The padding token, which kiln itself never uses.
     pub pad_token_id: Option<u32>,
+}
+
+/// How the integers of a GPTQ checkpoint are stored. Which linears they are for, its tensors tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GptqConfig {
+    /// Bits of a code, 4 or 8.
+    pub bits: u32,
+    /// Inputs that share a scale; all inputs of an output where absent.
+    pub group_size: Option<usize>,
+    /// Whether zero points are stored less one: the format "gptq", and not "gptq_v2".
+    pub zeros_less_one: bool,
 }
 
 /// What `generation_config.json` says of the special tokens; it overrides `config.json`.
@@ -230,7 +243,7 @@ impl ModelConfig {
     /// Parses the text of a `config.json`; `path` only serves messages.
     pub fn from_json(text: &str, path: &Path) -> Result<ModelConfig, ConfigError> {
         let map = parse_object(text, path)?;
-        let fields = Fields { path, map: &map };
+        let fields = Fields::of(&map, path);
         let architecture = fields.architecture()?;
         fields.refuse_unknown(architecture)?;
         let config = match architecture {
@@ -317,7 +330,7 @@ impl ModelConfig {
     }
 
     /// The text of a `config.json` under transformers' field names; [`ModelConfig::from_json`] reads
-    /// the same model back.
+    /// the same model back, without its integers: it describes a checkpoint of what they stand for.
     pub fn to_hf_json(&self) -> String {
         let dtype = match self.dtype {
             DType::F16 => "float16",
@@ -396,7 +409,7 @@ impl GenerationDefaults {
     /// Parses the text of a `generation_config.json`; `path` only serves messages.
     pub fn from_json(text: &str, path: &Path) -> Result<GenerationDefaults, ConfigError> {
         let map = parse_object(text, path)?;
-        let fields = Fields { path, map: &map };
+        let fields = Fields::of(&map, path);
         Ok(GenerationDefaults {
             bos_token_id: fields.token("bos_token_id")?,
             eos_token_ids: match fields.get("eos_token_id") {
@@ -418,6 +431,7 @@ const HARMLESS: &[&str] = &[
     "eos_token_id",
     "model_type",
     "pad_token_id",
+    "quantization_config",
     "tie_word_embeddings",
     "torch_dtype",
     "vocab_size",
@@ -542,20 +556,68 @@ const REFUSED: &[(&str, &str)] = &[
     ("add_cross_attention", "false (decoder-only models)"),
     ("is_encoder_decoder", "false (decoder-only models)"),
     (
-        "quantization_config",
-        "none; give the unquantised checkpoint",
-    ),
-    (
         "pruned_heads",
         "none; save the model with its heads removed from the weights",
     ),
     ("auto_map", "none; kiln runs no code from checkpoints"),
 ];
 
-/// The fields of one configuration file.
+/// Keys of a GPTQ checkpoint's `quantization_config` that do not change what the integers stand for:
+/// those that are read here, how the integers were found, and how libraries are to run them.
+const GPTQ_KEYS: &[&str] = &[
+    "bits",
+    "checkpoint_format",
+    "desc_act",
+    "format",
+    "group_size",
+    "pack_dtype",
+    "quant_method",
+    "sym",
+    "_pre_quantization_dtype",
+    "act_group_aware",
+    "auto_gptq_version",
+    "backend",
+    "batch_size",
+    "block_name_to_quantize",
+    "cache_block_outputs",
+    "damp_auto_increment",
+    "damp_percent",
+    "dataset",
+    "disable_exllama",
+    "exllama_config",
+    "max_input_length",
+    "meta",
+    "model_file_base_name",
+    "model_name_or_path",
+    "model_seqlen",
+    "module_name_preceding_first_block",
+    "modules_in_block_to_quantize",
+    "mse",
+    "pad_token_id",
+    "static_groups",
+    "tokenizer",
+    "true_sequential",
+    "use_cuda_fp16",
+    "use_exllama",
+    "v2_alpha",
+];
+
+/// The fields of one configuration file, or of an object in it.
 struct Fields<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
+    /// What messages put before a field's name.
+    within: &'static str,
+}
+
+impl<'a> Fields<'a> {
+    fn of(map: &'a Map<String, Value>, path: &'a Path) -> Fields<'a> {
+        Fields {
+            path,
+            map,
+            within: "",
+        }
+    }
 }
 
 impl Fields<'_> {
@@ -589,6 +651,7 @@ impl Fields<'_> {
             scale_by_inverse_layer: false,
             tied_head: self.flag("tie_word_embeddings", true)?,
             dtype: self.dtype()?,
+            quantisation: self.quantisation()?,
             bos_token_id: self.token_or("bos_token_id", Some(2))?,
             eos_token_ids: self.tokens_or("eos_token_id", 2)?,
             pad_token_id: if self.map.contains_key("pad_token_id") {
@@ -631,6 +694,7 @@ impl Fields<'_> {
             scale_by_inverse_layer: self.flag("scale_attn_by_inverse_layer_idx", false)?,
             tied_head: self.flag("tie_word_embeddings", true)?,
             dtype: self.dtype()?,
+            quantisation: self.quantisation()?,
             bos_token_id: self.token_or("bos_token_id", Some(50256))?,
             eos_token_ids: self.tokens_or("eos_token_id", 50256)?,
             pad_token_id: self.pad_token(),
@@ -789,6 +853,71 @@ impl Fields<'_> {
         }
     }
 
+    /// `quantization_config`, which must be that of GPTQ.
+    fn quantisation(&self) -> Result<Option<GptqConfig>, ConfigError> {
+        const FIELD: &str = "quantization_config";
+        let map = match self.get(FIELD) {
+            None => return Ok(None),
+            Some(value) if is_unset(value) => return Ok(None),
+            Some(Value::Object(map)) => map,
+            Some(_) => return Err(self.invalid(FIELD, "an object")),
+        };
+        let fields = Fields {
+            path: self.path,
+            map,
+            within: "quantization_config.",
+        };
+        let text = |field| fields.get(field).and_then(Value::as_str);
+        if text("quant_method") != Some("gptq") {
+            let supported = "gptq; else give the unquantised checkpoint";
+            return Err(fields.unsupported("quant_method", supported.to_owned()));
+        }
+        for (key, value) in map {
+            if !is_unset(value) && !GPTQ_KEYS.contains(&key.as_str()) {
+                return Err(fields.unsupported(key, "none".to_owned()));
+            }
+        }
+        let bits = match fields.get("bits").and_then(Value::as_u64) {
+            Some(bits @ (4 | 8)) => bits as u32,
+            _ => return Err(fields.unsupported("bits", "4, 8".to_owned())),
+        };
+        let group_size = match fields.get("group_size") {
+            // What transformers takes it for.
+            None => Some(128),
+            Some(value) if value.as_i64() == Some(-1) => None,
+            Some(_) => match fields.optional_size("group_size") {
+                Ok(Some(size)) if (1..MAX_FFN).contains(&size) => Some(size),
+                _ => return Err(fields.invalid("group_size", "a positive integer or -1")),
+            },
+        };
+        // The tensors say both; they are checked for their type.
+        fields.flag("desc_act", false)?;
+        fields.flag("sym", true)?;
+        if fields.get("pack_dtype").is_some() && text("pack_dtype") != Some("int32") {
+            return Err(fields.unsupported("pack_dtype", "int32".to_owned()));
+        }
+        let mut zeros_less_one = None;
+        for field in ["checkpoint_format", "format"] {
+            if fields.get(field).is_none() {
+                continue;
+            }
+            let less_one = match text(field) {
+                Some("gptq") => true,
+                Some("gptq_v2") => false,
+                _ => return Err(fields.unsupported(field, "gptq, gptq_v2".to_owned())),
+            };
+            if zeros_less_one.is_some_and(|other| other != less_one) {
+                return Err(fields.invalid(field, "the value of \"checkpoint_format\""));
+            }
+            zeros_less_one = Some(less_one);
+        }
+        Ok(Some(GptqConfig {
+            bits,
+            group_size,
+            zeros_less_one: zeros_less_one.unwrap_or(true),
+        }))
+    }
+
     fn token(&self, field: &str) -> Result<Option<u32>, ConfigError> {
         match self.get(field) {
             None => Ok(None),
@@ -843,7 +972,7 @@ impl Fields<'_> {
     fn invalid(&self, field: &str, needed: &str) -> ConfigError {
         ConfigError::Invalid {
             path: self.path.to_owned(),
-            field: field.to_owned(),
+            field: format!("{}{field}", self.within),
             found: self.found(field),
             needed: needed.to_owned(),
         }
@@ -852,7 +981,7 @@ impl Fields<'_> {
     fn unsupported(&self, field: &str, supported: String) -> ConfigError {
         ConfigError::Unsupported {
             path: self.path.to_owned(),
-            field: field.to_owned(),
+            field: format!("{}{field}", self.within),
             found: self.found(field),
             supported,
         }

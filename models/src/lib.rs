@@ -16,7 +16,7 @@ mod weights;
 
 pub use builtin::{builtin, builtin_names, parameters};
 pub use checkpoint::{Checkpoint, CheckpointError};
-pub use config::{Activation, Architecture, ConfigError, ModelConfig, NormPlacement};
+pub use config::{Activation, Architecture, ConfigError, GptqConfig, ModelConfig, NormPlacement};
 pub use decoder::build;
 pub use dummy::DummyCheckpoint;
-pub use weights::{WeightError, Weights};
+pub use weights::{IntegerRows, WeightError, Weights};

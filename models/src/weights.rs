@@ -1,6 +1,6 @@
 //! A graph's weights bound to a checkpoint's tensors.
 
-use crate::{Architecture, Checkpoint, CheckpointError, gpt2, opt};
+use crate::{Architecture, Checkpoint, CheckpointError, checkpoint::Integers, gpt2, opt};
 use kiln_ir::{Graph, Weight, WeightId, WeightSource};
 use std::{
     collections::{BTreeMap, HashSet},
@@ -75,6 +75,17 @@ pub enum WeightError {
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+}
+
+/// Rows of a weight that the checkpoint stores as integers: [`Integers`] says which group an input is in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct IntegerRows {
+    /// (rows, K).
+    pub codes: Vec<u8>,
+    /// (rows, groups).
+    pub zeros: Vec<u8>,
+    /// (rows, groups).
+    pub scales: Vec<f32>,
 }
 
 /// The weights of a graph, read on demand as f32 rows.
@@ -214,6 +225,64 @@ impl Weights {
         }
     }
 
+    /// Inputs of a group where the checkpoint has integers, if all its matrices have the same.
+    pub fn group_size(&self) -> Option<usize> {
+        self.checkpoint.quantised()?.group_size()
+    }
+
+    /// What is known of a weight that the checkpoint stores as integers. Those that are joined from
+    /// others have none of their own.
+    pub fn integers(&self, graph: &Graph, id: WeightId) -> Option<&Integers> {
+        match &graph.weight(id).source {
+            WeightSource::Load { tensor, .. } => {
+                let tensor = self.tensors.get(tensor)?;
+                self.checkpoint.quantised()?.matrix(tensor)
+            }
+            WeightSource::Concat(_) => None,
+        }
+    }
+
+    /// Rows of a weight of which [`Weights::integers`] are known, else none.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read.
+    ///
+    /// # Panics
+    /// On rows that the weight has not.
+    pub fn integer_rows(
+        &self,
+        graph: &Graph,
+        id: WeightId,
+        rows: Range<usize>,
+    ) -> Result<Option<IntegerRows>, WeightError> {
+        let WeightSource::Load {
+            tensor,
+            rows: slice,
+            ..
+        } = &graph.weight(id).source
+        else {
+            return Ok(None);
+        };
+        let tensor = &self.tensors[tensor];
+        let Some(checkpoint) = self
+            .checkpoint
+            .quantised()
+            .filter(|checkpoint| checkpoint.matrix(tensor).is_some())
+        else {
+            return Ok(None);
+        };
+        let start = slice.as_ref().map_or(0, |slice| slice.start);
+        let outputs = start + rows.start..start + rows.end;
+        let matrix = checkpoint.codes(tensor)?;
+        let k = graph.weight(id).shape[1];
+        let n = matrix.codes.len() / k;
+        Ok(Some(IntegerRows {
+            codes: columns(&matrix.codes, n, &outputs),
+            zeros: columns(&matrix.zeros, n, &outputs),
+            scales: columns(&matrix.scales, n, &outputs),
+        }))
+    }
+
     fn whole(&self, tensor: &str) -> Result<Arc<Vec<f32>>, WeightError> {
         let mut cached = self
             .transposed
@@ -228,6 +297,19 @@ impl Weights {
             }
         }
     }
+}
+
+/// Some columns of a matrix of `n`, as rows.
+fn columns<T: Copy + Default>(matrix: &[T], n: usize, columns: &Range<usize>) -> Vec<T> {
+    let height = matrix.len() / n;
+    let mut rows = vec![T::default(); columns.len() * height];
+    for (at, line) in matrix.chunks(n).enumerate() {
+        let places = rows.iter_mut().skip(at).step_by(height);
+        for (place, &value) in places.zip(&line[columns.clone()]) {
+            *place = value;
+        }
+    }
+    rows
 }
 
 fn row_len(weight: &Weight) -> usize {

@@ -11,7 +11,9 @@ use std::path::Path;
 use kiln_ir::DType;
 use kiln_models::{
     builtin::{builtin, builtin_names, parameters},
-    config::{Activation, Architecture, GenerationDefaults, ModelConfig, NormPlacement},
+    config::{
+        Activation, Architecture, GenerationDefaults, GptqConfig, ModelConfig, NormPlacement,
+    },
 };
 use serde_json::{Value, json};
 
@@ -124,11 +126,6 @@ fn what_would_change_the_computation_is_refused_by_name() {
         &with(gpt2(), json!({"add_cross_attention": true})),
         "config.json: field \"add_cross_attention\" is true, which kiln does not support; \
          supported: false (decoder-only models)",
-    );
-    refused(
-        &with(opt(), json!({"quantization_config": {"bits": 4}})),
-        "config.json: field \"quantization_config\" is {\"bits\":4}, which kiln does not support; \
-         supported: none; give the unquantised checkpoint",
     );
     refused(
         &with(opt(), json!({"rope_theta": 10000.0})),
@@ -264,4 +261,90 @@ fn builtin_parameter_counts() {
     for name in builtin_names() {
         builtin(name).unwrap().check(Path::new(name)).unwrap();
     }
+}
+
+fn quantised(changes: Value) -> Value {
+    let gptq = json!({
+        "quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": false, "sym": true,
+        "damp_percent": 0.01, "checkpoint_format": "gptq", "lm_head": false, "dynamic": null,
+    });
+    with(opt(), json!({"quantization_config": with(gptq, changes)}))
+}
+
+#[test]
+fn gptq_is_read() {
+    let gptq = |changes| parse(&quantised(changes)).quantisation.unwrap();
+    let expected = GptqConfig {
+        bits: 4,
+        group_size: Some(64),
+        zeros_less_one: true,
+    };
+    assert_eq!(gptq(json!({})), expected);
+    assert_eq!(
+        gptq(json!({"checkpoint_format": null, "desc_act": true})),
+        expected
+    );
+    let second =
+        json!({"bits": 8, "group_size": -1, "checkpoint_format": null, "format": "gptq_v2"});
+    let expected = GptqConfig {
+        bits: 8,
+        group_size: None,
+        zeros_less_one: false,
+    };
+    assert_eq!(gptq(second), expected);
+    assert_eq!(gptq(json!({"group_size": null})).group_size, Some(128));
+    assert_eq!(parse(&opt()).quantisation, None);
+    assert_eq!(
+        parse(&with(opt(), json!({"quantization_config": null}))).quantisation,
+        None
+    );
+}
+
+#[test]
+fn other_quantisations_are_refused_by_name() {
+    let field = |changes, message: &str| {
+        let message = format!("config.json: field \"quantization_config.{message}");
+        refused(&quantised(changes), &message);
+    };
+    let no = "which kiln does not support; supported:";
+    field(
+        json!({"quant_method": "awq"}),
+        &format!("quant_method\" is \"awq\", {no} gptq; else give the unquantised checkpoint"),
+    );
+    field(json!({"bits": 3}), &format!("bits\" is 3, {no} 4, 8"));
+    field(json!({"bits": null}), &format!("bits\" is null, {no} 4, 8"));
+    field(
+        json!({"checkpoint_format": "marlin"}),
+        &format!("checkpoint_format\" is \"marlin\", {no} gptq, gptq_v2"),
+    );
+    field(
+        json!({"lm_head": true}),
+        &format!("lm_head\" is true, {no} none"),
+    );
+    field(
+        json!({"dynamic": {"-:fc1": {}}}),
+        &format!("dynamic\" is {{\"-:fc1\":{{}}}}, {no} none"),
+    );
+    field(
+        json!({"pack_dtype": "int16"}),
+        &format!("pack_dtype\" is \"int16\", {no} int32"),
+    );
+    for size in [json!(0), json!(-2), json!("128"), json!(1u64 << 40)] {
+        field(
+            json!({"group_size": size}),
+            &format!("group_size\" is {size}; needed: a positive integer or -1"),
+        );
+    }
+    field(
+        json!({"format": "gptq_v2"}),
+        "format\" is \"gptq_v2\"; needed: the value of \"checkpoint_format\"",
+    );
+    field(
+        json!({"desc_act": 1}),
+        "desc_act\" is 1; needed: true or false",
+    );
+    refused(
+        &with(opt(), json!({"quantization_config": 4})),
+        "config.json: field \"quantization_config\" is 4; needed: an object",
+    );
 }

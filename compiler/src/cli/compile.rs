@@ -4,8 +4,8 @@ use super::model::ModelArguments;
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use kiln_bundle::{DType, Manifest, WeightFormat};
-use kiln_compiler::{CompileOptions, Progress, TargetChoice, compile, cuda::native_gpu};
+use kiln_bundle::{DType, WeightFormat};
+use kiln_compiler::{CompileOptions, Compiled, Progress, TargetChoice, compile, cuda::native_gpu};
 use serde_json::json;
 use std::{
     io::IsTerminal,
@@ -34,12 +34,12 @@ pub struct Arguments {
     dtype: Option<FloatType>,
     /// How the weight matrices are stored: f32, f16, bf16, or for the CPU as integers: int8 (a scale for
     /// each output), int8:gN (a scale for N inputs of an output), int4:gN (a scale and a minimum for N
-    /// inputs; int4 is int4:g64). N is a multiple of 32 up to 1024 [default: as in the checkpoint; for
-    /// CUDA, f16 instead of f32]
+    /// inputs; int4 is int4:g64). N is a multiple of 32 up to 1024 [default: as in the checkpoint, which may
+    /// be integers of GPTQ; for CUDA, f16 instead of f32]
     #[arg(long, value_name = "FORMAT")]
     weights: Option<WeightFormat>,
     /// How the LM head is stored, and with it the token table, which mostly is the same matrix
-    /// [default: int8 where --weights are integers, else as --weights]
+    /// [default: int8 where --weights are integers, else as --weights or in the checkpoint]
     #[arg(long, value_name = "FORMAT")]
     lm_head: Option<WeightFormat>,
     /// A text like those that the model is for, UTF-8. Matrices of integers are rounded so that what they
@@ -47,6 +47,14 @@ pub struct Arguments {
     /// are used
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
+    /// A text, UTF-8, whose perplexity is told, as the checkpoint has it and as the bundle will. It is
+    /// that of `kiln eval` without flags, for the beginning of the text
+    #[arg(long, value_name = "FILE")]
+    eval: Option<PathBuf>,
+    /// Tokens that --eval reads at most; each is computed four times
+    #[arg(long, value_name = "N", default_value_t = 4096, requires = "eval",
+          value_parser = clap::value_parser!(u32).range(2..))]
+    eval_tokens: u32,
     /// Most sequences in one step.
     #[arg(long, value_name = "N", default_value_t = 16)]
     max_batch: u32,
@@ -152,6 +160,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         weights: arguments.weights,
         lm_head: arguments.lm_head,
         calibrate: arguments.calibrate.clone(),
+        eval: arguments.eval.clone(),
+        eval_tokens: arguments.eval_tokens as usize,
         max_batch: arguments.max_batch,
         max_seq_len: arguments.max_seq_len,
         prefill_buckets: arguments.prefill_buckets.clone(),
@@ -169,12 +179,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     })
     .map_err(|error| anyhow!("cannot listen for Ctrl-C: {error}"))?;
     let model = arguments.model.find()?;
-    let manifest = compile(model, &arguments.output, &options, &bar)?;
+    let compiled = compile(model, &arguments.output, &options, &bar)?;
+    let manifest = &compiled.manifest;
     let stages = bar.finish();
+    for note in &compiled.notes {
+        eprintln!("note: {note}");
+    }
     let bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
     let total_ms: f64 = stages.iter().map(|(_, ms)| ms).sum();
     if arguments.json {
-        return super::print(&report(&arguments.output, &manifest, &stages, bytes).to_string());
+        return super::print(&report(&arguments.output, &compiled, &stages, bytes).to_string());
     }
     eprintln!(
         "{}: {}, {} (weights {}) in {:.1} s",
@@ -184,6 +198,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         super::formats(&manifest.targets[0]),
         total_ms / 1000.0,
     );
+    if let Some(evaluated) = &compiled.evaluated {
+        let (before, after) = (evaluated.perplexity_before, evaluated.perplexity_after);
+        eprintln!(
+            "perplexity {before:.4} as the checkpoint has it, {after:.4} as stored ({:+.2}%): {} of {}, windows of {}, stride {}",
+            100.0 * (after / before - 1.0),
+            count(evaluated.tokens, "token"),
+            evaluated.text_tokens,
+            evaluated.window,
+            evaluated.stride,
+        );
+    }
     Ok(())
 }
 
@@ -193,11 +218,12 @@ fn count(number: usize, noun: &str) -> String {
 
 fn report(
     output: &Path,
-    manifest: &Manifest,
+    compiled: &Compiled,
     stages: &[(&str, f64)],
     bytes: u64,
 ) -> serde_json::Value {
-    json!({
+    let manifest = &compiled.manifest;
+    let mut report = json!({
         "bundle": output,
         "model": manifest.model.name,
         "targets": manifest.targets.iter().map(|target| json!({
@@ -210,7 +236,22 @@ fn report(
         })).collect::<Vec<_>>(),
         "bundle_bytes": bytes,
         "stages": stages.iter().map(|(name, ms)| json!({"name": name, "ms": ms})).collect::<Vec<_>>(),
-    })
+    });
+    if !compiled.notes.is_empty() {
+        report["notes"] = json!(compiled.notes);
+    }
+    if let Some(evaluated) = &compiled.evaluated {
+        report["eval"] = json!({
+            "text_tokens": evaluated.text_tokens,
+            "tokens": evaluated.tokens,
+            "scored": evaluated.scored,
+            "window": evaluated.window,
+            "stride": evaluated.stride,
+            "perplexity_before": evaluated.perplexity_before,
+            "perplexity_after": evaluated.perplexity_after,
+        });
+    }
+    report
 }
 
 /// Progress on a terminal, and the time that each stage took.

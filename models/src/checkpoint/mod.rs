@@ -5,6 +5,7 @@
 //! | `safetensors.rs` | `model.safetensors` |
 //! | `torch.rs`, `pickle.rs` | `pytorch_model.bin`: a zip of storages and a pickle that names them |
 //! | `sharded.rs` | an index json and its shards, of either format |
+//! | `gptq.rs` | the integers of GPTQ in any of these, and what they stand for |
 //! | `export.rs` | any checkpoint written as a Hugging Face directory |
 //!
 //! A checkpoint is untrusted: every size and offset is checked against its file before a byte of it
@@ -12,6 +13,7 @@
 
 mod error;
 mod export;
+mod gptq;
 pub mod pickle;
 mod safetensors;
 mod sharded;
@@ -35,6 +37,7 @@ use kiln_ir::DType;
 
 pub use error::{CheckpointError, Found};
 pub use export::export_hf;
+pub use gptq::{Codes, GptqCheckpoint, Integers, dequantised};
 pub(crate) use sharded::parse_index;
 
 /// Element type of a stored tensor, little-endian.
@@ -200,6 +203,11 @@ pub trait Checkpoint: Send + Sync {
 
     /// Where the tensors come from, for messages.
     fn origin(&self) -> &Path;
+
+    /// The integers of some of the tensors, where that is what is stored.
+    fn quantised(&self) -> Option<&GptqCheckpoint> {
+        None
+    }
 
     /// What the checkpoint says of a tensor.
     fn info(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {

@@ -35,7 +35,7 @@ impl GroupSize {
 /// Matrices as integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum IntFormat {
-    /// `W = scale * q` with q from -127 to 127.
+    /// `W = scale * q` with q from -127 to 127; a checkpoint's own codes may be -128.
     Int8 {
         /// Inputs that share a scale; all inputs of an output where absent.
         group: Option<GroupSize>,
