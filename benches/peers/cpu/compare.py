@@ -39,13 +39,13 @@ PROMPT, STEPS, PREFILL = 32, 32, 512
 
 # What is measured of each class: peer and format.
 CLASSES = {
-    "f32": [("kiln", "f32"), ("ctranslate2", "f32"), ("openvino", "f32"), ("torch", "f32"), ("torch", "f32-compiled"), ("llama", "f32")],
-    "16bit": [("kiln", "bf16"), ("ctranslate2", "bf16"), ("openvino", "f16"), ("torch", "bf16"), ("torch", "bf16-compiled"),
+    "f32": [("kiln", "f32"), ("ctranslate2", "f32"), ("openvino", "f32"), ("torch", "f32"), ("torch-compiled", "f32"), ("llama", "f32")],
+    "16bit": [("kiln", "bf16"), ("ctranslate2", "bf16"), ("openvino", "f16"), ("torch", "bf16"), ("torch-compiled", "bf16"),
               ("llama", "bf16"), ("llama", "f16")],
     "int8": [("kiln", "int8"), ("ctranslate2", "int8"), ("openvino", "int8"), ("torch", "int8"), ("llama", "int8")],
     "int4": [("kiln", "int4"), ("openvino", "int4"), ("llama", "int4")],
 }
-PEERS = ["kiln", "ctranslate2", "openvino", "torch", "llama"]
+PEERS = ["kiln", "ctranslate2", "openvino", "torch", "torch-compiled", "llama"]
 # Of the parameters in f32, what a system may hold at most while it loads.
 LOAD_PEAK = {"f32": 1.5, "16bit": 1.0, "int8": 1.2, "int4": 0.6}
 LOAD_TIMEOUT_S = 900
@@ -69,7 +69,7 @@ def main():
                 record = compare(args, model, name, prepared, failed)
                 (args.out / f"{model}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
                 summarize(args.out)
-            elif compiled := [system for system in prepared if system[1].endswith("-compiled")]:
+            elif compiled := [system for system in prepared if system[0] == "torch-compiled"]:
                 with contextlib.closing(Contest(args, model, name, failed)) as contest:
                     contest.load(compiled)
 
@@ -137,7 +137,7 @@ def converted(args, model, peer, format):
         print(f"{model}: converting for {peer} {format}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            run([*worker(args, peer), "convert", checkpoint(args, model), folder, format], worker_environment(args))
+            run(worker(args, peer, "convert", checkpoint(args, model), folder, format), worker_environment(args))
         except Failed as error:
             if "unsupported: " in str(error):
                 reason = str(error).split("unsupported: ", 1)[1]
@@ -207,8 +207,8 @@ class Contest:
                     continue
                 if self.need_bytes > available_bytes():
                     raise Failed("not enough memory beside the others")
-                command = [*worker(args, peer), "serve", checkpoint(args, model), converted(args, model, peer, format), format]
-                found = self.systems[system] = Worker([*command, "--threads", str(args.threads)], worker_environment(args))
+                command = worker(args, peer, "serve", checkpoint(args, model), converted(args, model, peer, format), format)
+                found = self.systems[system] = Worker(command, worker_environment(args))
                 loaded = found.ask(LOAD_TIMEOUT_S, do="load")
                 self.facts[system] = loaded | {"load_ms": [loaded["load_ms"]]}
                 for measurement in self.measurements():
@@ -337,11 +337,14 @@ class Worker:
 # ---- programs and the machine ----
 
 
-def worker(args, peer):
-    python = args.envs / peer / "bin/python"
+def worker(args, peer, do, hf_dir, folder, format):
+    """The command of with_PEER.py in the peer's environment."""
+    environment, _, compiled = peer.partition("-")
+    python = args.envs / environment / "bin/python"
     if not python.exists():
-        raise Failed(f"no environment: scripts/peer-env {peer}")
-    return [python, HERE / f"with_{peer}.py"]
+        raise Failed(f"no environment: scripts/peer-env {environment}")
+    command = [python, HERE / f"with_{environment}.py", do, hf_dir, folder, format, "--threads", args.threads]
+    return [str(word) for word in [*command, *(["--compiled"] if compiled else [])]]
 
 
 def worker_environment(args):
@@ -391,7 +394,7 @@ def machine():
     isa = [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile") if name in cpu.get("flags", "").split()]
     return {
         "processor": f"{cpu.get('model name', platform.machine())} (family {cpu.get('cpu family')}, model {cpu.get('model')}; {', '.join(isa)})",
-        "cores": os.cpu_count(), "memory_gib": meminfo()["MemTotal"] / 2**30, "kernel": platform.release(),
+        "cores": os.cpu_count(), "memory_gib": meminfo()["MemTotal"] / 2**30, "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
     }
 

@@ -109,12 +109,16 @@ def markdown(records):
         for record in sorted(of_model, key=lambda record: ORDER.index(record["class"])):
             reads = [sample for one in record["rounds"] for sample in one["read_gb_per_s"]]
             bandwidth = "read bandwidth {:.1f} GB/s ({:.1f} to {:.1f})".format(*spread(reads)) if reads else "no round"
-            lines += ["", f"{record['class']}, {len(record['rounds'])} rounds, {bandwidth}:", "", *table(rows(record))]
+            lines += ["", f"{record['class']}, {counted(record['rounds'])}, {bandwidth}:", "", *table(rows(record))]
     versions = dict.fromkeys(
         system["versions"] for record in records for system in record["systems"].values() if system.get("versions")
     )
     lines += ["", "## Versions", "", *(f"- {version}" for version in versions)]
     return "\n".join(lines) + "\n"
+
+
+def counted(rounds):
+    return f"{len(rounds)} round{'' if len(rounds) == 1 else 's'}"
 
 
 def explanation(record):
@@ -130,7 +134,7 @@ def explanation(record):
         "- kiln/peer: kiln's tokens/s over the peer's at " +
         ", ".join(f"batch {batch}" for batch in lengths["batches"]) + " and in prefill, median of the rounds' ratios.",
         "- peak: resident memory up to the last measurement, of the whole process, Python included; load: of the model, "
-        "from files in the file cache, without the start of Python.",
+        "from files in the file cache, without the start of Python but with what a peer imports then.",
     ]
 
 

@@ -1,7 +1,7 @@
 """What the workers of the CPU peers share: their command line and the requests that they answer.
 
     with_PEER.py convert HF_DIR FOLDER FORMAT            write the peer's own form of a model
-    with_PEER.py serve HF_DIR FOLDER FORMAT --threads N  answer requests, one JSON object a line
+    with_PEER.py serve HF_DIR FOLDER FORMAT              answer requests, one JSON object a line
 
     {"do": "load"}                                   ->  {"load_ms", "weight_bytes", "note", "versions"}
     {"do": "measure", "batch", "prompt", "steps", "runs"}
@@ -30,21 +30,22 @@ class Unsupported(Exception):
 
 
 def main(description, convert, load):
-    """`convert(hf_dir, folder, format)`; `load(hf_dir, folder, format, threads)` gives a System."""
+    """`convert(args)` with what the command line says; `load(args)` gives a System."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=["convert", "serve"])
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("format")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="the form that the peer compiles itself")
     args = parser.parse_args()
     if args.do == "convert":
         try:
-            convert(args.hf_dir, args.folder, args.format)
+            convert(args)
         except Unsupported as error:
             sys.exit(f"unsupported: {error}")
     else:
-        serve(lambda: load(args.hf_dir, args.folder, args.format, args.threads))
+        serve(lambda: load(args))
 
 
 class System:

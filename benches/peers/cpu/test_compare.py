@@ -146,7 +146,14 @@ class Preparing(unittest.TestCase):
 
     def test_an_absent_environment_is_told(self):
         with self.assertRaisesRegex(compare.Failed, "scripts/peer-env llama"):
-            compare.worker(Namespace(envs=Path("/nowhere")), "llama")
+            compare.worker(Namespace(envs=Path("/nowhere")), "llama", "convert", "hf", "folder", "f32")
+
+    def test_compiled_is_a_form_of_a_peer(self):
+        args = Namespace(envs=Path("/"), threads=2)
+        with mock.patch.object(Path, "exists", lambda _: True):
+            command = compare.worker(args, "torch-compiled", "serve", "hf", "folder", "f32")
+        self.assertEqual((command[0], command[-1]), ("/torch/bin/python", "--compiled"))
+        self.assertTrue(command[1].endswith("with_torch.py"))
 
     def test_tokenizer_has_a_word_for_each_token(self):
         made = json.loads(json.dumps(compare.word_tokenizer(10, 2)))

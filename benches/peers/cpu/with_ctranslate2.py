@@ -11,11 +11,11 @@ import serving
 TYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
-def convert(hf_dir, folder, format):
-    check(format)
+def convert(args):
+    check(args.format)
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(str(hf_dir)).convert(str(folder), quantization=TYPES[format], force=True)
+    TransformersConverter(str(args.hf_dir)).convert(str(args.folder), quantization=TYPES[args.format], force=True)
 
 
 def check(format):
@@ -25,9 +25,9 @@ def check(format):
         raise serving.Unsupported(f"CTranslate2 would compute {TYPES[format]} in float32 on this processor")
 
 
-def load(hf_dir, folder, format, threads):
-    check(format)
-    return CTranslate2(folder, TYPES[format], threads)
+def load(args):
+    check(args.format)
+    return CTranslate2(args.folder, TYPES[args.format], args.threads)
 
 
 class CTranslate2(serving.System):

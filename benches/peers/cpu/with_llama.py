@@ -26,7 +26,8 @@ LAYER_TENSORS = {
 }
 
 
-def convert(hf_dir, folder, format):
+def convert(args):
+    hf_dir, folder, format = args.hf_dir, args.folder, args.format
     config = json.loads((hf_dir / "config.json").read_text())
     if config["model_type"] != "gpt2":
         raise serving.Unsupported(f"llama.cpp does not run {config['model_type'].upper()}")
@@ -77,8 +78,8 @@ def gguf_name(name):
     return None
 
 
-def load(hf_dir, folder, format, threads):
-    return Llama(folder / f"{format}.gguf", threads)
+def load(args):
+    return Llama(args.folder / f"{args.format}.gguf", args.threads)
 
 
 class Llama(serving.System):

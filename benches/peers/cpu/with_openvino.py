@@ -15,19 +15,19 @@ import serving
 WEIGHTS = {"f32": "fp32", "f16": "fp16", "int8": "int8", "int4": "int4"}
 
 
-def convert(hf_dir, folder, format):
-    if format not in WEIGHTS:
-        raise serving.Unsupported(f"OpenVINO is not measured in {format}; without bf16 in hardware it computes in f32")
+def convert(args):
+    if args.format not in WEIGHTS:
+        raise serving.Unsupported(f"OpenVINO is not measured in {args.format}; without bf16 in hardware it computes in f32")
     cli = Path(sys.executable).with_name("optimum-cli")
     subprocess.run(
-        [cli, "export", "openvino", "--model", hf_dir, "--task", "text-generation-with-past",
-         "--weight-format", WEIGHTS[format], folder],
+        [cli, "export", "openvino", "--model", args.hf_dir, "--task", "text-generation-with-past",
+         "--weight-format", WEIGHTS[args.format], args.folder],
         check=True,
     )
 
 
-def load(hf_dir, folder, format, threads):
-    return OpenVino(folder, threads)
+def load(args):
+    return OpenVino(args.folder, args.threads)
 
 
 class OpenVino(serving.System):

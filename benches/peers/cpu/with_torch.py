@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """OPT and GPT-2 by transformers on PyTorch: eager, or its decode step compiled and frozen.
 
-Formats f32, bf16 and int8 (dynamic quantization of all linears; the token table stays f32); a suffix
-`-compiled` chooses torch.compile with a static cache as long as the run and weights frozen into the
-code, for decode; a prompt is fed eagerly, which is no slower. Answers the requests of serving.py.
+Formats f32, bf16 and int8 (dynamic quantization of all linears; the token table stays f32). --compiled
+is torch.compile with a static cache as long as the run and weights frozen into the code, for decode; a
+prompt is fed eagerly, which is no slower. Answers the requests of serving.py.
 """
 
 import os
@@ -23,19 +23,19 @@ import opt_torch
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 
 
-def convert(hf_dir, folder, format):
-    if format.removesuffix("-compiled") not in DTYPES or format == "int8-compiled":
-        raise serving.Unsupported(f"PyTorch is not measured in {format}")
-    folder.mkdir(parents=True, exist_ok=True)
+def convert(args):
+    if args.format not in DTYPES:
+        raise serving.Unsupported(f"PyTorch is not measured in {args.format}")
+    args.folder.mkdir(parents=True, exist_ok=True)
 
 
-def load(hf_dir, folder, format, threads):
-    torch.set_num_threads(threads)
-    name = format.removesuffix("-compiled")
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=DTYPES[name], local_files_only=True, attn_implementation="sdpa").eval()
-    system = Compiled(model) if format.endswith("-compiled") else Eager(model)
+def load(args):
+    torch.set_num_threads(args.threads)
+    options = {"dtype": DTYPES[args.format], "local_files_only": True, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(args.hf_dir, **options).eval()
+    system = Compiled(model) if args.compiled else Eager(model)
     system.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if name == "int8":
+    if args.format == "int8":
         system.weight_bytes = quantize(model)
         system.note = "dynamic quantization"
     system.versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
