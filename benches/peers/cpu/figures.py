@@ -3,8 +3,9 @@
 A record is what compare.py writes for a model and a class of formats: "systems" (a name such as
 "openvino int8" to what is constant: weight bytes, peak, load times, versions, note), "failed" (a name
 to the reason), "lengths", and "rounds", each with "read_gb_per_s" (the samples of that round) and
-"measured" (a name to {"decode": {"1": runs, "8": runs}, "prefill": runs}, runs being lists "first_ms"
-and "step_ms").
+"measured" (a name to {"decode": {"1": runs, "8": runs}, "prefill": runs, "others", "stolen"}, runs
+being lists "first_ms" and "step_ms", the last two what part of the processor's time other programs and
+the host took).
 """
 
 import statistics
@@ -94,7 +95,7 @@ def failure(record, name):
 
 def shown(values):
     """The median, and the spread of more than one."""
-    digits = 1 if min(values) < 100 else 0
+    digits = 1 if statistics.median(values) < 100 else 0
     middle, least, most = (f"{value:.{digits}f}" for value in spread(values))
     return middle if len(values) == 1 else f"{middle} ({least} to {most})"
 
@@ -109,12 +110,21 @@ def markdown(records):
         for record in sorted(of_model, key=lambda record: ORDER.index(record["class"])):
             reads = [sample for one in record["rounds"] for sample in one["read_gb_per_s"]]
             bandwidth = "read bandwidth {:.1f} GB/s ({:.1f} to {:.1f})".format(*spread(reads)) if reads else "no round"
-            lines += ["", f"{record['class']}, {counted(record['rounds'])}, {bandwidth}:", "", *table(rows(record))]
+            lines += ["", f"{record['class']}, {counted(record['rounds'])}, {bandwidth}{disturbance(record)}:", "", *table(rows(record))]
     versions = dict.fromkeys(
         system["versions"] for record in records for system in record["systems"].values() if system.get("versions")
     )
     lines += ["", "## Versions", "", *(f"- {version}" for version in versions)]
     return "\n".join(lines) + "\n"
+
+
+def disturbance(record):
+    """What other programs and the host took of the processor at most in a turn, where that is known."""
+    turns = [turn for one in record["rounds"] for turn in one["measured"].values() if "others" in turn]
+    if not turns:
+        return ""
+    worst = max(turns, key=lambda turn: turn["others"] + turn["stolen"])
+    return f", other programs took {worst['others']:.0%} of the processor and the host {worst['stolen']:.0%} in the worst turn"
 
 
 def counted(rounds):

@@ -73,7 +73,7 @@ class Figures(unittest.TestCase):
 
     def test_shown(self):
         self.assertEqual(figures.shown([12.34]), "12.3")
-        self.assertEqual(figures.shown([101.2, 300, 200]), "200 (101 to 300)")
+        self.assertEqual(figures.shown([50.2, 300, 200]), "200 (50 to 300)")
 
 
 class Table(unittest.TestCase):
@@ -103,6 +103,39 @@ class Table(unittest.TestCase):
         kiln, peer, _ = figures.rows(one)
         self.assertNotIn("share", kiln)
         self.assertEqual(peer["kiln/peer"].count("·"), 1)
+
+
+    def test_disturbance(self):
+        one = record()
+        self.assertEqual(figures.disturbance(one), "")
+        one["rounds"][1]["measured"] = {"a": {"others": 0.02, "stolen": 0.01}, "b": {"others": 0.0, "stolen": 0.2}}
+        self.assertIn("took 0% of the processor and the host 20% in", figures.disturbance(one))
+
+
+class Turns(unittest.TestCase):
+    def contest(self, shares):
+        """One whose systems, "a" and "b", are disturbed by these shares in turn."""
+        contest = compare.Contest.__new__(compare.Contest)
+        contest.args, contest.name, contest.failed, contest.systems = Namespace(), "m", {}, {"a": mock.Mock(), "b": mock.Mock()}
+        contest.measure = mock.Mock(side_effect=shares)
+        with mock.patch.object(compare, "read_bandwidth", lambda _: 20):
+            return contest, contest.round()
+
+    def test_a_disturbed_turn_is_tried_again(self):
+        turn = lambda others, stolen: {"others": others, "stolen": stolen}
+        _, found = self.contest([turn(0.3, 0), turn(0.01, 0), turn(0, 0.02)])
+        self.assertEqual([one["others"] for one in found["measured"].values()], [0.01, 0])
+        self.assertEqual(len(found["read_gb_per_s"]), 3)
+
+    def test_who_fails_leaves(self):
+        contest, found = self.contest([compare.Failed("gone"), {"others": 0, "stolen": 0}])
+        self.assertEqual((contest.failed, list(contest.systems), list(found["measured"])), ({"a": "gone"}, ["b"], ["b"]))
+
+    def test_own_time_is_not_that_of_others(self):
+        before = compare.processor_seconds({})
+        sum(range(10**6))
+        after = compare.processor_seconds({})
+        self.assertGreaterEqual(after["all"], before["all"])
 
 
 class Workers(unittest.TestCase):
