@@ -126,6 +126,8 @@ class Turns(unittest.TestCase):
         _, found = self.contest([turn(0.3, 0), turn(0.01, 0), turn(0, 0.02)])
         self.assertEqual([one["others"] for one in found["measured"].values()], [0.01, 0])
         self.assertEqual(len(found["read_gb_per_s"]), 3)
+        _, found = self.contest([turn(0.3, 0), turn(0.2, 0), turn(0.25, 0), turn(0, 0.02)])
+        self.assertEqual([one["others"] for one in found["measured"].values()], [0.2, 0])
 
     def test_who_fails_leaves(self):
         contest, found = self.contest([compare.Failed("gone"), {"others": 0, "stolen": 0}])
