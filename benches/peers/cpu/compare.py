@@ -292,6 +292,7 @@ class Kiln:
         facts["weight_bytes"] = report["decode_step"]["weight_bytes"]
         facts["peak_bytes"] = max(facts["peak_bytes"], report["memory"]["peak_resident_bytes"])
         facts["load_ms"].append(report["load_ms"])
+        facts["note"] = f"weights {report['weights']}"
         steps = [report["decode_step"]["ms"]["median"]] if request["steps"] else []
         return {"first_ms": [report["prefill"]["ms"]["median"]], "step_ms": steps, "report": report}
 

@@ -95,6 +95,7 @@ class Llama(serving.System):
         self.contexts = {}
         self.context(1)
         self.weight_bytes = path.stat().st_size
+        self.note = "keys and values in f16"
         self.versions = f"llama-cpp-python {llama_cpp.__version__}"
 
     def context(self, sequences):
