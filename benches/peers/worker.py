@@ -30,20 +30,27 @@ def serve(prepare):
     `prepare(request)` gives (measure, note), where `measure()` runs some steps and gives milliseconds a
     step.
     """
+    prepared = {}
+
+    def handle(request):
+        key = json.dumps({name: request.get(name) for name in ("phase", "variant", "batch", "prompt")})
+        if request["do"] != "prepare":
+            return {"ms": settled(prepared[key])}
+        start = time.perf_counter()
+        prepared[key], note = prepare(request)
+        prepared[key]()
+        return {"seconds": time.perf_counter() - start, "note": note}
+
+    answer(handle)
+
+
+def answer(handle):
+    """Answer each line of standard input with `handle(request)`, or with its error."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    prepared = {}
     for line in sys.stdin:
-        request = json.loads(line)
-        key = json.dumps({name: request.get(name) for name in ("phase", "variant", "batch", "prompt")})
         try:
-            if request["do"] == "prepare":
-                start = time.perf_counter()
-                prepared[key], note = prepare(request)
-                prepared[key]()
-                reply = {"seconds": time.perf_counter() - start, "note": note}
-            else:
-                reply = {"ms": settled(prepared[key])}
+            reply = handle(json.loads(line))
         except Exception as error:
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
