@@ -225,12 +225,17 @@ impl IntFormat {
         packed
     }
 
-    /// Tiles of inputs in a lane's vector.
-    pub const fn span_tiles(self) -> usize {
+    /// Bits of a code in tiles.
+    pub const fn bits(self) -> usize {
         match self {
-            IntFormat::Int8 { .. } => 2,
+            IntFormat::Int8 { .. } => 8,
             IntFormat::Int4 { .. } => 4,
         }
+    }
+
+    /// Tiles of inputs in a lane's vector.
+    pub const fn span_tiles(self) -> usize {
+        VECTOR_BYTES * TILE_LANES * 8 / (self.bits() * TILE_N * TILE_K)
     }
 
     /// Inputs of a group of tiles, a multiple of [`TILE_K`] that may be more than a matrix has; none
