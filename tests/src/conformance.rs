@@ -64,13 +64,13 @@ pub fn subjects() -> Vec<Subject> {
             weights: None,
         })
     };
-    let integers = |name, like: Option<Subject>, weights, lm_head| {
+    // Wide enough that a warp loads more weights than it has under way.
+    let integers = |name, like: Option<Subject>, ffn_size, weights, lm_head| {
         let like = like?;
         Some(Subject {
             name,
             config: ModelConfig {
-                // Several spans of each segment.
-                ffn_size: 1192,
+                ffn_size,
                 ..like.config
             },
             weights: Some((weights, lm_head)),
@@ -86,24 +86,28 @@ pub fn subjects() -> Vec<Subject> {
         integers(
             "opt-int8",
             subject("", "opt-125m", 3, 64, CROWD),
+            2200,
             "int8",
             "int8",
         ),
         integers(
             "opt-int4",
             subject("", "opt-2.7b", 2, 80, MAX_BATCH),
+            1192,
             "int4:g64",
             "int8",
         ),
         integers(
             "opt-post-int8",
             subject("", "opt-350m", 2, 64, MAX_BATCH),
+            2200,
             "int8:g96",
             "int8:g32",
         ),
         integers(
             "gpt2-int4",
             subject("", "gpt2", 3, 64, CROWD),
+            4392,
             "int4:g160",
             "int4:g32",
         ),
