@@ -144,9 +144,13 @@ $(entry)$($(parameters)$) {
                     const uint32_t first[4] = {gather(low.x), gather(high.x), gather(low.y), gather(high.y)};
                     const uint32_t second[4] = {gather(low.z), gather(high.z), gather(low.w), gather(high.w)};
 #pragma unroll
-                    for (uint32_t j = 0; j < WARP_N / TILE_N; j++) mma<T>(sum[i][j], first, weights[j].x, weights[j].y);
+                    for (uint32_t j = 0; j < WARP_N / TILE_N; j++) {
+                        mma<T>(sum[i][j], first, weights[j].x, weights[j].y);
+                    }
 #pragma unroll
-                    for (uint32_t j = 0; j < WARP_N / TILE_N; j++) mma<T>(sum[i][j], second, weights[j].z, weights[j].w);
+                    for (uint32_t j = 0; j < WARP_N / TILE_N; j++) {
+                        mma<T>(sum[i][j], second, weights[j].z, weights[j].w);
+                    }
                 }
             }
         }

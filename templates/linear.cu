@@ -93,7 +93,8 @@ $(entry)$($(parameters)$) {
     // The lane's inputs of a row in a tile of the segment; zeros where there is no row.
     const auto inputs = [&](uint32_t row, uint32_t tile) -> uint4 {
         if (row >= ROWS || row >= rows) return {0, 0, 0, 0};
-        return *reinterpret_cast<const uint4*>(staged + ((segment.begin * W::SPAN + tile) * ROWS + row) * TILE_K + c * 8);
+        const uint32_t k_tile = segment.begin * W::SPAN + tile;
+        return *reinterpret_cast<const uint4*>(staged + (k_tile * ROWS + row) * TILE_K + c * 8);
     };
 /*%- else %*/
 

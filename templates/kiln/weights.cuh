@@ -5,13 +5,16 @@
 // lane 4g + c holds inputs 8c .. 8c + 7 of output g, its share of the B operands of two `mma.m16n8k16`.
 //
 // Integers become operands in registers. A code in the low bits of f16 or bf16 is that many times the
-// smallest subnormal number, exactly, so that one multiply-add gives two weights, rounded once to T; it
-// takes three instructions of four to unpack a code of eight bits, nine for eight of four bits. Scales
-// and minima are in units of their output, by which its sum is multiplied in f32: that keeps them and
-// the weights within f16 whatever their size. In int8 with a scale for each output the scale is the
-// unit, and operands are the codes, which T holds exactly. To multiply the f32 sums of each group
-// instead would spare the rounding to T, which is what activations and weights of T have too, but takes
-// a third set of accumulators and the sum of each group of inputs.
+// smallest subnormal number, exactly, so that one multiply-add makes two weights, rounded once to T.
+// With the masks that is nine instructions for eight codes of four bits, and eight of eight bits.
+//
+// Scales and minima are in units of their output, which its sum is multiplied by in f32: so they and
+// the weights fit T, whatever their size. In int8 with a scale for each output the scale is the unit,
+// and operands are the codes, which T holds exactly.
+//
+// The other way, to multiply the f32 sum of each group by its scale, would spare the rounding to T, which
+// weights that are stored in T have as well. It takes a third set of accumulators, for which the kernel for
+// many rows has no registers, and sums of the inputs of each group for the minima.
 #pragma once
 #include "kiln/rows.cuh"
 
