@@ -6,7 +6,10 @@
 using T = $(element)$;
 
 constexpr uint32_t WIDTH = $(width)$;
-constexpr uint32_t K_TILES = (WIDTH + TILE_K - 1) / TILE_K;
+/*%- if let Some(weights) = tokens %*/
+
+using W = $(weights)$;
+/*%- endif %*/
 
 KILN_KERNEL(THREADS, 4)
 $(entry)$($(parameters)$) {
@@ -14,7 +17,7 @@ $(entry)$($(parameters)$) {
     wait_for_previous();
     const uint32_t row = blockIdx.x;
     if (row >= step.counts->tokens) return;
-/*%- if tokens %*/
+/*%- if tokens.is_some() %*/
     uint32_t id = step.token_ids[row];
     if (id >= LAST_SAMPLED) id = step.last_sampled[id - LAST_SAMPLED];
 /*%- endif %*/
@@ -24,9 +27,8 @@ $(entry)$($(parameters)$) {
     $(out_type)$* const to = out + row * static_cast<uint64_t>(WIDTH);
     for (uint32_t i = threadIdx.x * 8; i < WIDTH; i += THREADS * 8) {
         float x[8] = {};
-/*%- if tokens %*/
-        const uint64_t tile = id / TILE_N * static_cast<uint64_t>(K_TILES) + i / TILE_K;
-        unpack8<T>(x, tokens[tile * TILE_VECTORS + id % TILE_N * 4 + i % TILE_K / 8]);
+/*%- if tokens.is_some() %*/
+        W::row8(x, tokens, id, i);
 /*%- endif %*/
 /*%- if positions %*/
         float y[8];

@@ -26,8 +26,8 @@ pub struct CompileOptions {
     /// What to compile for; repetitions count once.
     pub targets: Vec<TargetChoice>,
     /// Element type of the KV cache, and of activations where the target stores them so. When absent:
-    /// f32 for the CPU alone; with a GPU among the targets that of the weights, where it is one of 16
-    /// bits, else f16.
+    /// f32 for the CPU alone; with a GPU among the targets that of the weights or the LM head, where one
+    /// is of floating point, else the checkpoint's where it is one of 16 bits, else f16.
     pub dtype: Option<DType>,
     /// How weight matrices are stored. When absent: as the checkpoint's own, be they integers; with a GPU
     /// among the targets, as `dtype`.
@@ -86,6 +86,14 @@ pub struct OptionError {
     flag: &'static str,
     found: String,
     needed: String,
+}
+
+/// How an LM head is stored beside such weights, unless the caller says otherwise.
+const fn as_head(weights: WeightFormat) -> WeightFormat {
+    match weights {
+        WeightFormat::Int(_) => WeightFormat::Int(IntFormat::Int8 { group: None }),
+        float => float,
+    }
 }
 
 fn check(flag: &'static str, found: u32, most: u32, what: &str) -> Result<u32, OptionError> {
@@ -170,11 +178,7 @@ impl CompileOptions {
         if self.cuda_targets().is_empty() {
             let weights = self.weights.unwrap_or(own);
             // What the checkpoint has in another type than its integers keeps that type.
-            let lm_head = self.lm_head.unwrap_or(match self.weights {
-                Some(WeightFormat::Int(_)) => WeightFormat::Int(IntFormat::Int8 { group: None }),
-                Some(float) => float,
-                None => float,
-            });
+            let lm_head = self.lm_head.unwrap_or(self.weights.map_or(float, as_head));
             return Ok(ElementTypes {
                 dtype: self.dtype.unwrap_or(DType::F32),
                 weights,
@@ -186,36 +190,43 @@ impl CompileOptions {
                 },
             });
         }
-        for (flag, format) in [("weights", self.weights), ("lm-head", self.lm_head)] {
-            if let Some(WeightFormat::Int(format)) = format {
-                return Err(OptionError {
-                    flag,
-                    found: format.to_string(),
-                    needed: "CUDA targets have no integer weights yet; give f16 or bf16, or compile for \
-                             --target cpu alone"
-                        .to_owned(),
-                });
-            }
-        }
         let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);
         let own = Some(config.dtype).filter(narrow).unwrap_or(DType::F16);
-        let asked = self.weights.map(WeightFormat::element);
+        let float = |format: Option<WeightFormat>| match format {
+            None | Some(WeightFormat::Int(_)) => None,
+            Some(float) => Some(float.element()),
+        };
+        let asked = float(self.weights).or(float(self.lm_head));
         let dtype = self.dtype.or(asked).unwrap_or(own);
-        let weights = asked.unwrap_or(dtype);
-        let lm_head = self.lm_head.map_or(weights, WeightFormat::element);
-        for (flag, found) in [("dtype", dtype), ("weights", weights), ("lm-head", lm_head)] {
-            if !narrow(&found) || found != dtype {
+        let weights = self
+            .weights
+            .or(WeightFormat::of(dtype))
+            .unwrap_or(WeightFormat::F16);
+        let lm_head = self.lm_head.unwrap_or(as_head(weights));
+        for (flag, found) in [
+            ("dtype", Some(dtype)),
+            ("weights", float(Some(weights))),
+            ("lm-head", float(Some(lm_head))),
+        ] {
+            if let Some(found) = found
+                && (!narrow(&found) || found != dtype)
+            {
                 return Err(OptionError {
                     flag,
                     found: found.to_string(),
                     needed: "a CUDA target takes f16 or bf16, the same for --dtype, --weights and \
-                             --lm-head"
+                             --lm-head, or integers for the latter two"
                         .to_owned(),
                 });
             }
         }
-        let weights = WeightFormat::of(weights).unwrap_or(WeightFormat::F16);
-        Ok(ElementTypes::of(dtype, weights))
+        Ok(ElementTypes {
+            dtype,
+            weights,
+            lm_head,
+            others: weights,
+            tables: dtype,
+        })
     }
 
     /// The bundle's limits for a model.

@@ -105,7 +105,8 @@ pub fn pack_weights(
                     let role = roles[tensor.name.as_str()];
                     let format = target.format(&tensor.name);
                     if let (WeightRole::Packed { .. }, Some(format)) = (role, format.int()) {
-                        return Ok(weights.int_rows(id, rows.clone(), format)?.pack());
+                        let rows = weights.int_rows(id, rows.clone(), format)?;
+                        return Ok(rows.pack(target.layout));
                     }
                     let values = weights.exact_rows(id, rows.clone())?;
                     let values = match role {

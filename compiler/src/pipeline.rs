@@ -108,12 +108,16 @@ pub fn compile(
 
     progress.stage("specialise");
     let mut manifest = manifest(&config, options, limits);
+    let formats = cuda::Formats {
+        weights: types.weights,
+        exceptions: exceptions(&fused, &stored),
+    };
     if options.targets.contains(&TargetChoice::Cpu) {
         let (programs, executables) = plan(&fused, &buckets, DType::F32)?;
         manifest.targets.push(Target {
             name: "cpu".to_owned(),
             weights: types.weights,
-            exceptions: exceptions(&fused, &stored),
+            exceptions: formats.exceptions.clone(),
             tables: types.tables,
             dtype: types.dtype,
             layout: Layout::Panels,
@@ -127,8 +131,13 @@ pub fn compile(
     let mut writer = BundleWriter::create(output)?;
     if !gpus.is_empty() {
         let (programs, mut executables) = plan(&fused, &buckets, types.dtype)?;
-        let (kernels, copy_blocks) =
-            cuda::lower_all(&programs, &mut executables, &manifest.model, types.dtype)?;
+        let (kernels, copy_blocks) = cuda::lower_all(
+            &programs,
+            &mut executables,
+            &manifest.model,
+            types.dtype,
+            &formats,
+        )?;
         progress.stage("kernels");
         let images =
             cuda::build_images(&mut writer, &kernels, &gpus, toolchain.as_ref(), progress)?;
@@ -136,7 +145,7 @@ pub fn compile(
             manifest.targets.push(Target {
                 name: gpu.name().to_owned(),
                 weights: types.weights,
-                exceptions: BTreeMap::new(),
+                exceptions: formats.exceptions.clone(),
                 tables: types.tables,
                 dtype: types.dtype,
                 layout: Layout::Tiles,

@@ -7,7 +7,7 @@
 //! error is kept. Scales and minima are rounded to bf16 first, so that the codes fit what is stored.
 
 use half::bf16;
-use kiln_bundle::IntFormat;
+use kiln_bundle::{IntFormat, packing::Layout};
 
 /// Shares of a group's span that are tried.
 const SPANS: [f32; 6] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75];
@@ -114,11 +114,16 @@ impl IntRows {
             .collect()
     }
 
-    /// The rows in panels.
-    pub fn pack(&self) -> Vec<u8> {
+    /// The rows in whole groups of outputs of a layout.
+    pub fn pack(&self, layout: Layout) -> Vec<u8> {
         let bits = |list: &[bf16]| list.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         let (scales, minima) = (bits(&self.scales), bits(&self.minima));
-        self.format.pack(&self.codes, &scales, &minima, self.k)
+        match layout {
+            Layout::Panels => self.format.pack(&self.codes, &scales, &minima, self.k),
+            Layout::Tiles => self
+                .format
+                .pack_strips(&self.codes, &scales, &minima, self.k),
+        }
     }
 
     fn push_grid(&mut self, grid: Grid) {

@@ -1,36 +1,32 @@
 // Products of activations (M, K) and packed weights (N, K).
 //
-// Weights lie in tiles of 8 outputs by 32 inputs, 512 bytes each, in the order in which the lanes of
-// a warp hold them as B operands of two `mma.m16n8k16` (`packing` of kiln-bundle). Lane 4g + c holds
-// inputs 8c .. 8c + 7 of output g; of activations, the same inputs of rows g and g + 8.
+// Of a tile of weights, 8 outputs by 32 inputs, lane 4g + c holds inputs 8c .. 8c + 7 of output g
+// (`weights.cuh`); of activations, the same inputs of rows g and g + 8.
 //
 // K is cut into SEGMENTS parts. A part is summed from zero, in the order of k, and the parts are then
 // added in order. Every kernel does so, whatever its shape of tiles, so that an output has the same
 // bits in every bucket, in decode and in prefill.
 #pragma once
-#include "kiln/rows.cuh"
+#include "kiln/weights.cuh"
 
-constexpr uint32_t TILE_N = 8;
-constexpr uint32_t TILE_K = 32;
-constexpr uint32_t TILE_VECTORS = 32;  // 16-byte vectors of a tile
 constexpr uint32_t SEGMENTS = WARPS;
 
-// First tile of inputs of a segment, of `tiles` in all.
-KILN_DEVICE constexpr uint32_t segment_start(uint32_t segment, uint32_t tiles) { return segment * tiles / SEGMENTS; }
+// First span of inputs of a segment, of `spans` in all.
+KILN_DEVICE constexpr uint32_t segment_start(uint32_t segment, uint32_t spans) { return segment * spans / SEGMENTS; }
 
-// The tiles of inputs of a segment. Where segments are equal their length is known to the compiler.
-template <uint32_t K_TILES>
+// The spans of inputs of a segment. Where segments are equal their length is known to the compiler.
+template <uint32_t SPANS>
 struct Segment {
     uint32_t begin;
     uint32_t length;
 
     KILN_DEVICE explicit Segment(uint32_t segment) {
-        if constexpr (K_TILES % SEGMENTS == 0) {
-            length = K_TILES / SEGMENTS;
+        if constexpr (SPANS % SEGMENTS == 0) {
+            length = SPANS / SEGMENTS;
             begin = segment * length;
         } else {
-            begin = segment_start(segment, K_TILES);
-            length = segment_start(segment + 1, K_TILES) - begin;
+            begin = segment_start(segment, SPANS);
+            length = segment_start(segment + 1, SPANS) - begin;
         }
     }
 };
@@ -52,13 +48,12 @@ KILN_DEVICE constexpr uint32_t staged_index(uint32_t row, uint32_t k) {
 
 // Normalises the first `count` rows of f32 and leaves them in shared memory as operands; `row(r)` is
 // where row r (WIDTH) starts, `scale(k)` and `shift(k)` are the norm's parameters for inputs k .. k + 3.
-// Several rows are under way at a time; each is summed in the order of `sum_rows`. The whole block
-// calls it, and a barrier must follow.
-template <typename T, uint32_t WIDTH, uint32_t ROWS, typename Row, typename Scale, typename Shift>
+// Zeros fill rows up to FILLED elements. Several rows are under way at a time; each is summed in the
+// order of `sum_rows`. The whole block calls it, and a barrier must follow.
+template <typename T, uint32_t WIDTH, uint32_t FILLED, uint32_t ROWS, typename Row, typename Scale, typename Shift>
 KILN_DEVICE void stage_normalised(T* staged, RowSums<ROWS>& sums, const Row& row, uint32_t count, float eps,
                                   const Scale& scale, const Shift& shift) {
     constexpr uint32_t STRIDE = THREADS * 4;
-    constexpr uint32_t FILLED = (WIDTH + TILE_K - 1) / TILE_K * TILE_K;  // with zeros behind the row
     constexpr uint32_t PARTS = (FILLED + STRIDE - 1) / STRIDE;
     constexpr uint32_t MOST = PARTS <= 2 ? 4 : PARTS <= 4 ? 2 : 1;
     constexpr uint32_t GROUP = ROWS < MOST ? ROWS : MOST;
@@ -119,10 +114,9 @@ KILN_DEVICE void stage_normalised(T* staged, RowSums<ROWS>& sums, const Row& row
     }
 }
 
-// Leaves the first `count` rows of f32 in shared memory as operands, as they are.
-template <typename T, uint32_t WIDTH, uint32_t ROWS, typename Row>
+// Leaves the first `count` rows of f32 in shared memory as operands, as they are, with zeros behind them.
+template <typename T, uint32_t WIDTH, uint32_t FILLED, uint32_t ROWS, typename Row>
 KILN_DEVICE void stage_rows(T* staged, const Row& row, uint32_t count) {
-    constexpr uint32_t FILLED = (WIDTH + TILE_K - 1) / TILE_K * TILE_K;
     for (uint32_t r = 0; r < count; r++) {
         for (uint32_t k = threadIdx.x * 4; k < FILLED; k += THREADS * 4) {
             float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -142,15 +136,6 @@ KILN_DEVICE void load8(float (&x)[8], const float* from) {
     const float4 high = load_fresh(reinterpret_cast<const float4*>(from) + 1);
     x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
     x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-}
-
-template <typename T>
-KILN_DEVICE void unpack8(float (&x)[8], const uint4& from) {
-    const uint32_t words[4] = {from.x, from.y, from.z, from.w};
-    for (uint32_t i = 0; i < 4; i++) {
-        x[2 * i] = unpack<T>(static_cast<uint16_t>(words[i]));
-        x[2 * i + 1] = unpack<T>(static_cast<uint16_t>(words[i] >> 16));
-    }
 }
 
 // max(x, 0), and not a number where x is none.

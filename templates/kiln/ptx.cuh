@@ -59,6 +59,24 @@ KILN_DEVICE float unpack<bf16>(uint16_t bits) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
+// a * b + c of two elements each, rounded once; subnormal numbers are numbers like others.
+template <typename T>
+KILN_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+KILN_DEVICE uint32_t multiply_add<f16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+template <>
+KILN_DEVICE uint32_t multiply_add<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
 // A weight: read once a step, so it is kept out of L1 and leaves L2 first. (The modifier
 // `.L2::evict_first` exists for loads of 32 bytes alone; the policy is a constant after compilation.)
 // Not `.nc`: the compiler takes that for leave to move the load behind `wait_for_previous`.
@@ -76,6 +94,18 @@ KILN_DEVICE uint4 load_weight(const uint4* address) {
 KILN_DEVICE float load_ahead(const float* address) {
     float v;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+}
+
+KILN_DEVICE uint32_t load_ahead(const uint32_t* address) {
+    uint32_t v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+
+KILN_DEVICE uint16_t load_ahead(const uint16_t* address) {
+    uint16_t v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(address));
     return v;
 }
 

@@ -52,4 +52,24 @@ inline uint16_t bf16_from(float x) {
 
 inline float f32_from_bf16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
+// The f32 next to x that has an odd last place, or x where f32 has it: to round it again to fewer places
+// is to round x.
+inline float odd(double x) {
+    float near = static_cast<float>(x);
+    if (near == x || near != near || bits_of(near) & 1) return near;
+    bool inwards = (near < 0 ? -static_cast<double>(near) : near) > (x < 0 ? -x : x);
+    return float_of(bits_of(near) + (inwards ? -1 : 1));
+}
+
+// a * b + c of two elements each. Products are exact in f64; what the sum loses is below all of 16 bits.
+template <float unpack(uint16_t), uint16_t round(float)>
+inline uint32_t fused(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out = 0;
+    for (uint32_t half = 0; half < 32; half += 16) {
+        auto number = [&](uint32_t x) { return static_cast<double>(unpack(static_cast<uint16_t>(x >> half))); };
+        out |= static_cast<uint32_t>(round(odd(number(a) * number(b) + number(c)))) << half;
+    }
+    return out;
+}
+
 }  // namespace emulation

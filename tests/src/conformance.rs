@@ -25,6 +25,8 @@ pub struct Subject {
     pub config: ModelConfig,
     /// Most sequences in a step.
     pub max_batch: u32,
+    /// How matrices and the LM head are stored: as numbers of the element type where absent.
+    pub weights: Option<(&'static str, &'static str)>,
 }
 
 /// Positions of every subject.
@@ -34,7 +36,8 @@ const MAX_BATCH: u32 = 9;
 /// More sequences in a step than kernels for few rows take.
 pub const CROWD: u32 = 70;
 
-/// The subjects: head sizes of 64, 80 and 128, OPT with norms before and behind the blocks, GPT-2.
+/// The subjects: head sizes of 64, 80 and 128, OPT with norms before and behind the blocks, GPT-2, and
+/// some of them as integers, whose widths are no multiples of a group.
 pub fn subjects() -> Vec<Subject> {
     let subject = |name, model: &str, heads: usize, head_dim: usize, max_batch: u32| {
         let config = builtin(model)?;
@@ -58,6 +61,20 @@ pub fn subjects() -> Vec<Subject> {
                 ..config
             },
             max_batch,
+            weights: None,
+        })
+    };
+    // Wide enough that a warp loads more weights than it has under way.
+    let integers = |name, like: Option<Subject>, ffn_size, weights, lm_head| {
+        let like = like?;
+        Some(Subject {
+            name,
+            config: ModelConfig {
+                ffn_size,
+                ..like.config
+            },
+            weights: Some((weights, lm_head)),
+            ..like
         })
     };
     [
@@ -66,6 +83,34 @@ pub fn subjects() -> Vec<Subject> {
         subject("opt-d128", "opt-6.7b", 2, 128, MAX_BATCH),
         subject("opt-post-d64", "opt-350m", 2, 64, MAX_BATCH),
         subject("gpt2-d64", "gpt2", 3, 64, MAX_BATCH),
+        integers(
+            "opt-int8",
+            subject("", "opt-125m", 3, 64, CROWD),
+            2200,
+            "int8",
+            "int8",
+        ),
+        integers(
+            "opt-int4",
+            subject("", "opt-2.7b", 2, 80, MAX_BATCH),
+            1192,
+            "int4:g64",
+            "int8",
+        ),
+        integers(
+            "opt-post-int8",
+            subject("", "opt-350m", 2, 64, MAX_BATCH),
+            2200,
+            "int8:g96",
+            "int8:g32",
+        ),
+        integers(
+            "gpt2-int4",
+            subject("", "gpt2", 3, 64, CROWD),
+            4392,
+            "int4:g160",
+            "int4:g32",
+        ),
     ]
     .into_iter()
     .flatten()
@@ -84,11 +129,16 @@ impl Subject {
         targets: Vec<TargetChoice>,
         emit_only: bool,
     ) -> anyhow::Result<()> {
+        let (weights, lm_head) = match self.weights {
+            None => (WeightFormat::of(dtype), None),
+            Some((weights, lm_head)) => (Some(weights.parse()?), Some(lm_head.parse()?)),
+        };
         let options = CompileOptions {
             model_name: self.name.to_owned(),
             targets,
             dtype: Some(dtype),
-            weights: WeightFormat::of(dtype),
+            weights,
+            lm_head,
             emit_only,
             max_batch: self.max_batch,
             max_seq_len: Some(MAX_SEQ_LEN),

@@ -32,7 +32,7 @@ pub struct Arguments {
     /// in f32 [default: f32 for the CPU, the weights' for CUDA]
     #[arg(long, value_enum)]
     dtype: Option<FloatType>,
-    /// How the weight matrices are stored: f32, f16, bf16, or for the CPU as integers: int8 (a scale for
+    /// How the weight matrices are stored: f32 (for the CPU alone), f16, bf16, or as integers: int8 (a scale for
     /// each output), int8:gN (a scale for N inputs of an output), int4:gN (a scale and a minimum for N
     /// inputs; int4 is int4:g64). N is a multiple of 32 up to 1024 [default: as in the checkpoint, which may
     /// be integers of GPTQ; for CUDA, f16 instead of f32]

@@ -5,10 +5,11 @@
 //! [`super::lower`].
 
 use askama::Template;
-use kiln_bundle::{Activation, DType, Norm};
+use kiln_bundle::{Activation, DType, IntFormat, Norm, WeightFormat, packing::TILE_K};
+use std::fmt;
 
 /// Headers of the kernels, by the name that sources include them by.
-pub const HEADERS: [(&str, &str); 9] = [
+pub const HEADERS: [(&str, &str); 10] = [
     (
         "kiln/ptx.cuh",
         include_str!("../../../templates/kiln/ptx.cuh"),
@@ -20,6 +21,10 @@ pub const HEADERS: [(&str, &str); 9] = [
     (
         "kiln/rows.cuh",
         include_str!("../../../templates/kiln/rows.cuh"),
+    ),
+    (
+        "kiln/weights.cuh",
+        include_str!("../../../templates/kiln/weights.cuh"),
     ),
     (
         "kiln/linear.cuh",
@@ -89,6 +94,39 @@ fn four(present: bool, pointer: &str, default: &str) -> String {
         format!("*reinterpret_cast<const float4*>({pointer} + k)")
     } else {
         format!("float4{{{default}, {default}, {default}, {default}}}")
+    }
+}
+
+/// How a matrix is stored, and the name of its inputs in the source.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Weights {
+    pub format: WeightFormat,
+    pub inputs: &'static str,
+}
+
+impl Weights {
+    /// Inputs of a lane's vectors.
+    pub fn span_inputs(&self) -> u32 {
+        let tiles = self.format.int().map_or(1, IntFormat::span_tiles);
+        (tiles * TILE_K) as u32
+    }
+
+    /// What a kernel's name says of it: nothing of the element type.
+    pub fn suffix(&self) -> String {
+        let int = self.format.int();
+        int.map_or_else(String::new, |format| format!("_{format}").replace(':', ""))
+    }
+}
+
+/// As a type of `weights.cuh`.
+impl fmt::Display for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inputs = self.inputs;
+        let Some(format) = self.format.int() else {
+            return write!(f, "Floats<T, {inputs}>");
+        };
+        let (bits, group) = (format.bits(), format.tile_group().unwrap_or(0));
+        write!(f, "Integers<T, {inputs}, {bits}, {group}>")
     }
 }
 
@@ -247,6 +285,7 @@ pub(super) struct LinearText<'a> {
     pub rows: u32,
     pub tiles: u32,
     pub depth: u32,
+    pub weights: &'a Weights,
     pub input: &'a Input,
     pub epilogue: &'a Epilogue,
 }
@@ -257,7 +296,7 @@ impl LinearText<'_> {
     }
 
     fn k_guard(&self) -> &'static str {
-        if self.k.is_multiple_of(32) {
+        if self.k.is_multiple_of(self.weights.span_inputs()) {
             ""
         } else {
             " || k >= K"
@@ -281,6 +320,7 @@ pub(super) struct GemmText<'a> {
     pub warp_n: u32,
     pub stages: u32,
     pub blocks_per_sm: u32,
+    pub weights: &'a Weights,
     pub input: &'a Input,
     pub epilogue: &'a Epilogue,
 }
@@ -291,7 +331,7 @@ impl GemmText<'_> {
     }
 
     fn k_guard(&self) -> &'static str {
-        if self.k.is_multiple_of(32) {
+        if self.k.is_multiple_of(self.weights.span_inputs()) {
             ""
         } else {
             " && k < K"
@@ -322,7 +362,8 @@ pub(super) struct EmbedText<'a> {
     pub summary: &'a str,
     pub element: &'static str,
     pub width: u32,
-    pub tokens: bool,
+    /// How the token table is stored, where there is one.
+    pub tokens: Option<&'a Weights>,
     pub positions: bool,
     pub position_offset: u32,
     pub out_type: &'static str,

@@ -8,8 +8,8 @@
 //! ```
 
 use super::{
-    Cache, CudaTarget, EmittedKernel, HEADERS, Kernel, Kernels, LowerError, Nvrtc, Resources,
-    build_with, check, copy_blocks, lower,
+    Cache, CudaTarget, EmittedKernel, Formats, HEADERS, Kernel, Kernels, LowerError, Nvrtc,
+    Resources, build_with, check, copy_blocks, lower,
 };
 use crate::{CompileError, Progress};
 use kiln_bundle::{
@@ -27,13 +27,14 @@ pub fn lower_all(
     executables: &mut [Executable],
     model: &ModelInfo,
     dtype: DType,
+    formats: &Formats,
 ) -> Result<(Vec<Kernel>, CopyLaunch), LowerError> {
     check(model, dtype, programs)?;
     let mut kernels = Kernels::default();
     for executable in executables {
         let program = &programs[executable.program as usize];
         let (phase, bounds) = (executable.phase, &executable.bounds);
-        let lowered = lower(program, phase, bounds, model, dtype, &mut kernels)?;
+        let lowered = lower(program, phase, bounds, model, dtype, formats, &mut kernels)?;
         executable.launches = lowered.launches;
         executable.workspace_bytes = lowered.workspace_bytes;
         executable.counters = lowered.counters;

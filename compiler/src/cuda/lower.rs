@@ -6,15 +6,18 @@
 
 use super::emit::{
     self, AttentionDecodeText, AttentionPrefillText, CopyBlocksText, EmbedText, Epilogue, GemmText,
-    Input, LinearText, NormText, Output, RowsText, SampleText, element, number,
+    Input, LinearText, NormText, Output, RowsText, SampleText, Weights, element, number,
 };
 use kiln_bundle::{
     Argument, BLOCK_TOKENS, Bounds, BufferId, COPIES_PER_LAUNCH, CopyLaunch, DType, KernelSpec,
     Launch, Linear, ModelInfo, Norm, Phase, Program, Residual, RowKind, Rows, TILE_QUERIES,
-    kv_layer_bytes,
+    WeightFormat, kv_layer_bytes,
     packing::{TILE_K, TILE_N},
 };
-use std::{cmp::Reverse, collections::HashMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+};
 
 /// Threads of a block of the kernels that work on rows: `THREADS` in `rows.cuh`.
 const THREADS: u32 = 256;
@@ -127,6 +130,24 @@ impl Kernels {
     }
 }
 
+/// How a target's matrices are stored.
+#[derive(Clone, Debug)]
+pub struct Formats {
+    /// All but the exceptions.
+    pub weights: WeightFormat,
+    /// By name.
+    pub exceptions: BTreeMap<String, WeightFormat>,
+}
+
+impl Formats {
+    fn of(&self, matrix: &str, inputs: &'static str) -> Weights {
+        Weights {
+            format: *self.exceptions.get(matrix).unwrap_or(&self.weights),
+            inputs,
+        }
+    }
+}
+
 /// How an executable runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launches {
@@ -180,6 +201,7 @@ pub fn lower(
     bounds: &Bounds,
     model: &ModelInfo,
     dtype: DType,
+    formats: &Formats,
     kernels: &mut Kernels,
 ) -> Result<Launches, LowerError> {
     let mut lowering = Lowering {
@@ -189,6 +211,7 @@ pub fn lower(
         model,
         element: element(dtype),
         element_bytes: dtype.size_bytes() as u64,
+        formats,
         kernels,
         spec: 0,
         launches: vec![],
@@ -307,6 +330,7 @@ struct Lowering<'a> {
     model: &'a ModelInfo,
     element: &'static str,
     element_bytes: u64,
+    formats: &'a Formats,
     kernels: &'a mut Kernels,
     /// Index of the KernelSpec at hand.
     spec: u32,
@@ -331,7 +355,8 @@ struct FewRows {
 impl FewRows {
     /// The shape of tiles decides how fast, never what: every shape sums in the same order. Where
     /// lanes search together for the best of their outputs, their number is a power of two.
-    fn new(rows: u32, k: u32, n: u32, search: bool) -> FewRows {
+    fn new(rows: u32, linear: &Linear, weights: &Weights, search: bool) -> FewRows {
+        let (k, n) = (linear.in_features, linear.out_features);
         let bound = ROW_BOUNDS.into_iter().find(|&bound| rows <= bound);
         let rows = bound.unwrap_or(FEW_ROWS);
         let row_tiles = rows.div_ceil(16);
@@ -344,7 +369,7 @@ impl FewRows {
             .chain([1])
             .min_by_key(|&tiles| (waves(tiles), Reverse(tiles)))
             .unwrap_or(1);
-        let segment = k.div_ceil(TILE_K as u32).div_ceil(SEGMENTS);
+        let segment = k.div_ceil(weights.span_inputs()).div_ceil(SEGMENTS);
         let in_flight = match row_tiles {
             1 => WEIGHTS_IN_FLIGHT,
             _ => WEIGHTS_IN_FLIGHT_MANY,
@@ -396,8 +421,11 @@ impl ManyRows {
         }
     }
 
-    fn smem_bytes(&self) -> u32 {
-        self.stages * (self.m_block + self.n_block) * TILE_K as u32 * 2
+    /// A ring of tiles of rows, and one of the spans of weights that as many tiles may touch.
+    fn smem_bytes(&self, weights: &Weights) -> u32 {
+        let span = weights.span_inputs() / TILE_K as u32;
+        let spans = (self.stages + span - 2) / span + 1;
+        (self.stages * self.m_block + spans * self.n_block) * TILE_K as u32 * 2
     }
 }
 
@@ -452,7 +480,8 @@ impl Lowering<'_> {
         if let Some(head) = head
             && rows <= FEW_ROWS
         {
-            let blocks = FewRows::new(rows, head.in_features, head.out_features, true).blocks;
+            let weights = self.formats.of(&head.weight, "K");
+            let blocks = FewRows::new(rows, head, &weights, true).blocks;
             let bytes = u64::from(rows) * u64::from(blocks) * 8;
             let offset_bytes = self.temporary(bytes);
             self.kept_bytes = self.temporary_bytes;
@@ -506,6 +535,7 @@ impl Lowering<'_> {
     ) -> Result<(), LowerError> {
         let width = self.program.buffers[out.0 as usize].width;
         let out_type = self.type_of(out);
+        let weights = tokens.map(|name| self.formats.of(name, "WIDTH"));
         let mut parameters = Parameters::new();
         let mut parts = vec![];
         if let Some(name) = tokens {
@@ -520,7 +550,8 @@ impl Lowering<'_> {
             format!("{out_type}* __restrict__ out"),
             Argument::Buffer(out),
         );
-        let name = format!("embed_{}_{width}_{}", parts.join("_"), self.element);
+        let format = weights.map_or_else(String::new, |weights| weights.suffix());
+        let name = format!("embed_{}_{width}{format}_{}", parts.join("_"), self.element);
         let (list, element) = (parameters.list(), self.element);
         let summary = format!("out (T, {width}) = embedding of {}.", parts.join(" + "));
         let image = self.kernels.add(&name, THREADS, 0, |entry| {
@@ -530,7 +561,7 @@ impl Lowering<'_> {
                 summary: &summary,
                 element,
                 width,
-                tokens: tokens.is_some(),
+                tokens: weights.as_ref(),
                 positions: positions.is_some(),
                 position_offset,
                 out_type,
@@ -573,12 +604,13 @@ impl Lowering<'_> {
         layer: Option<u32>,
     ) -> Result<(), LowerError> {
         let (k, n) = (linear.in_features, linear.out_features);
-        let tiles = FewRows::new(rows, k, n, output == Output::Logits);
+        let weights = self.formats.of(&linear.weight, "K");
+        let tiles = FewRows::new(rows, linear, &weights, output == Output::Logits);
         let epilogue = epilogue(linear, output, true);
         // Each block prepares rows of f32 for itself while they are few; more than that are better
         // prepared once, by a kernel of their own.
         let mut source = Argument::Buffer(linear.input);
-        let staged_bytes = k.next_multiple_of(TILE_K as u32) * 2 * tiles.rows;
+        let staged_bytes = k.next_multiple_of(weights.span_inputs()) * 2 * tiles.rows;
         let mut smem_bytes = 0;
         if input.f32 && tiles.rows <= STAGED_ROWS && staged_bytes <= STAGED_BYTES {
             smem_bytes = staged_bytes;
@@ -610,8 +642,9 @@ impl Lowering<'_> {
             );
         }
         let name = format!(
-            "linear{}_{k}x{n}_r{}{}_{}",
+            "linear{}_{k}x{n}{}_r{}{}_{}",
             if input.norm.is_some() { "_norm" } else { "" },
+            weights.suffix(),
             tiles.rows,
             suffix(&epilogue),
             self.element,
@@ -629,6 +662,7 @@ impl Lowering<'_> {
                 rows: tiles.rows,
                 tiles: tiles.tiles,
                 depth: tiles.depth,
+                weights: &weights,
                 input: &input,
                 epilogue: &epilogue,
             })
@@ -646,6 +680,7 @@ impl Lowering<'_> {
         layer: Option<u32>,
     ) -> Result<(), LowerError> {
         let (k, n) = (linear.in_features, linear.out_features);
+        let weights = self.formats.of(&linear.weight, "K");
         let tiles = ManyRows::new(rows, n);
         let epilogue = epilogue(linear, output, false);
         // Tensor cores take rows of the element type: norms and conversions come first.
@@ -676,7 +711,8 @@ impl Lowering<'_> {
         parameters.add("const T* input", source);
         self.epilogue_parameters(&mut parameters, linear, &epilogue, residual, layer);
         let name = format!(
-            "gemm_{k}x{n}_b{}x{}{}_{}",
+            "gemm_{k}x{n}{}_b{}x{}{}_{}",
+            weights.suffix(),
             tiles.m_block,
             tiles.n_block,
             suffix(&epilogue),
@@ -684,26 +720,26 @@ impl Lowering<'_> {
         );
         let summary = summary(&input, linear, &epilogue);
         let (list, element) = (parameters.list(), self.element);
-        let image = self
-            .kernels
-            .add(&name, THREADS, tiles.smem_bytes(), |entry| {
-                emit::render(&GemmText {
-                    entry,
-                    parameters: &list,
-                    summary: &summary,
-                    element,
-                    k,
-                    n,
-                    m_block: tiles.m_block,
-                    n_block: tiles.n_block,
-                    warp_m: tiles.warp_m,
-                    warp_n: tiles.warp_n,
-                    stages: tiles.stages,
-                    blocks_per_sm: tiles.blocks_per_sm,
-                    input: &input,
-                    epilogue: &epilogue,
-                })
-            })?;
+        let smem_bytes = tiles.smem_bytes(&weights);
+        let image = self.kernels.add(&name, THREADS, smem_bytes, |entry| {
+            emit::render(&GemmText {
+                entry,
+                parameters: &list,
+                summary: &summary,
+                element,
+                k,
+                n,
+                m_block: tiles.m_block,
+                n_block: tiles.n_block,
+                warp_m: tiles.warp_m,
+                warp_n: tiles.warp_n,
+                stages: tiles.stages,
+                blocks_per_sm: tiles.blocks_per_sm,
+                weights: &weights,
+                input: &input,
+                epilogue: &epilogue,
+            })
+        })?;
         let grid = [rows.div_ceil(tiles.m_block), n.div_ceil(tiles.n_block), 1];
         self.launch(image, grid, parameters);
         Ok(())

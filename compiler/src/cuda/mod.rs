@@ -20,7 +20,7 @@ pub use build::{BuildError, BuiltKernel, EmittedKernel, build_with};
 pub use cache::{Cache, Key};
 pub use emit::HEADERS;
 pub use images::{build_images, lower_all};
-pub use lower::{Kernel, Kernels, Launches, LowerError, check, copy_blocks, lower};
+pub use lower::{Formats, Kernel, Kernels, Launches, LowerError, check, copy_blocks, lower};
 pub use nvrtc::{Compiled, Nvrtc, NvrtcError, Source};
 pub use resources::Resources;
 pub use target::{CudaTarget, UnknownCudaTarget, native_gpu};

@@ -358,9 +358,9 @@ fn manifests_that_lie_are_refused() {
         assert!(error.contains(message), "found: {error}\nneeded: {message}");
     };
     refused(
-        "\"format_version\": 4",
         "\"format_version\": 5",
-        "has bundle format 5 (written by kiln 0.1.0); this kiln reads format 4: use a newer kiln",
+        "\"format_version\": 6",
+        "has bundle format 6 (written by kiln 0.1.0); this kiln reads format 5: use a newer kiln",
     );
     refused(
         "\"layers\": 3",

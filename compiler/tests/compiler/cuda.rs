@@ -4,11 +4,13 @@
 use crate::sass::{count, nvrtc_folder, opcodes, sass};
 use kiln_bundle::{
     Argument, Bounds, CopyLaunch, DType, Executable, KernelSpec, ModelInfo, Phase, Program,
+    WeightFormat,
 };
 use kiln_compiler::{
     CompileOptions, Silent,
     cuda::{
-        Cache, CudaTarget, EmittedKernel, HEADERS, Kernel, LowerError, Nvrtc, build_with, lower_all,
+        Cache, CudaTarget, EmittedKernel, Formats, HEADERS, Kernel, LowerError, Nvrtc, build_with,
+        lower_all,
     },
     executable_name,
     passes::fuse,
@@ -41,7 +43,19 @@ fn info(config: &ModelConfig) -> ModelInfo {
     }
 }
 
+/// Matrices as `weights`, and the LM head with the token table as int8 where those are integers.
+fn formats(programs: &[Program], weights: WeightFormat) -> Formats {
+    let heads = programs.iter().filter_map(Program::lm_head);
+    let int8: WeightFormat = "int8".parse().unwrap();
+    let exceptions = heads.map(|head| (head.weight.clone(), int8));
+    Formats {
+        weights,
+        exceptions: exceptions.filter(|_| weights.int().is_some()).collect(),
+    }
+}
+
 fn lowered(config: ModelConfig, dtype: DType, options: &CompileOptions) -> Lowered {
+    let weights = options.weights.or(WeightFormat::of(dtype)).unwrap();
     let limits = options.limits(&config).unwrap();
     let model = info(&config);
     let graph = fuse(build(&config));
@@ -60,13 +74,26 @@ fn lowered(config: ModelConfig, dtype: DType, options: &CompileOptions) -> Lower
     };
     let buckets = options.buckets(&limits).unwrap();
     let mut executables: Vec<Executable> = buckets.into_iter().map(executable).collect();
-    let (kernels, copy_blocks) = lower_all(&programs, &mut executables, &model, dtype).unwrap();
+    let formats = formats(&programs, weights);
+    let (kernels, copy_blocks) =
+        lower_all(&programs, &mut executables, &model, dtype, &formats).unwrap();
     Lowered {
         programs: programs.to_vec(),
         executables,
         kernels,
         copy_blocks,
     }
+}
+
+/// A model with matrices of integers.
+fn integers(name: &str, dtype: DType, weights: &str, max_batch: u32) -> Lowered {
+    let options = CompileOptions {
+        weights: Some(weights.parse().unwrap()),
+        max_batch,
+        prefill_buckets: vec![64, 2048],
+        ..CompileOptions::default()
+    };
+    lowered(builtin(name).unwrap(), dtype, &options)
 }
 
 fn model(name: &str) -> Lowered {
@@ -186,10 +213,11 @@ fn what_the_kernels_cannot_run_is_refused() {
     let mut config = builtin("opt-125m").unwrap();
     let programs = [Phase::Prefill, Phase::Decode]
         .map(|phase| specialise(&fuse(build(&config)), phase, DType::F16).unwrap());
-    let error = lower_all(&programs, &mut [], &info(&config), DType::F32).unwrap_err();
+    let formats = formats(&programs, WeightFormat::F16);
+    let error = lower_all(&programs, &mut [], &info(&config), DType::F32, &formats).unwrap_err();
     assert!(matches!(error, LowerError::DType(DType::F32)));
     config.heads = 4;
-    let error = lower_all(&programs, &mut [], &info(&config), DType::F16).unwrap_err();
+    let error = lower_all(&programs, &mut [], &info(&config), DType::F16, &formats).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the CUDA targets cannot run this model: head_dim is 192; it must be a multiple of 16, up to 128"
@@ -213,6 +241,14 @@ fn sources_read_as_cuda() {
         "copy_blocks_36864",
     ] {
         insta::assert_snapshot!(entry, opt.kernel(entry).source);
+    }
+    let int = integers("opt-125m", DType::F16, "int4", 8);
+    for entry in [
+        "embed_tokens_positions_768_int8_f16",
+        "linear_3072x768_int4g64_r8_bias_residual_f32_f16",
+        "gemm_768x768_int4g64_b64x64_bias_residual_f32_f16",
+    ] {
+        insta::assert_snapshot!(entry, int.kernel(entry).source);
     }
     let post = model("opt-350m");
     let entry = "linear_4096x1024_r8_bias_normresidual_f32_f16";
@@ -334,6 +370,14 @@ fn check_machine_code(kernels: &[Kernel], targets: &[CudaTarget]) {
                 has("PREEXIT", ""),
                 "{place} does not let its successor start"
             );
+            if kind(&kernel.entry) == "linear" {
+                let first = |family: &str| opcodes.iter().position(|code| code.starts_with(family));
+                let (load, wait) = (first("LDG.E.NA.128"), first("ACQBULK"));
+                assert!(
+                    load.is_some() && load < wait,
+                    "{place} waits before it loads weights"
+                );
+            }
         }
     }
 }
@@ -358,4 +402,19 @@ fn machine_code_of_head_size_128_and_bf16() {
 fn machine_code_of_gpt2_and_of_norms_behind_the_blocks() {
     check_machine_code(&model("gpt2").kernels, &[CudaTarget::Sm90a]);
     check_machine_code(&model("opt-350m").kernels, &[CudaTarget::Sm90a]);
+}
+
+#[test]
+fn machine_code_of_integers() {
+    for (name, dtype, weights) in [
+        ("opt-125m", DType::F16, "int8"),
+        ("opt-125m", DType::F16, "int4"),
+        ("opt-125m", DType::Bf16, "int8:g32"),
+        ("opt-6.7b", DType::F16, "int4"),
+        ("opt-6.7b", DType::Bf16, "int4:g96"),
+        ("opt-6.7b", DType::F16, "int8"),
+    ] {
+        let lowered = integers(name, dtype, weights, 64);
+        check_machine_code(&lowered.kernels, &[CudaTarget::Sm90a]);
+    }
 }

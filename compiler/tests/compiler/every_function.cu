@@ -9,6 +9,8 @@ KILN_DEVICE void everything(const uint4* weights, const uint4* x, const float* p
     uint32_t lane = threadIdx.x;
     uint4 w = load_weight(weights + lane);
     float ahead = load_ahead(partials + lane);
+    const uint32_t numbers = load_ahead(reinterpret_cast<const uint32_t*>(weights) + lane);
+    const uint32_t number = load_ahead(reinterpret_cast<const uint16_t*>(weights) + lane);
     start_next();
     wait_for_previous();
     copy_async(copied + lane, x + lane, lane < 16);
@@ -26,6 +28,7 @@ KILN_DEVICE void everything(const uint4* weights, const uint4* x, const float* p
     sums[lane] = exp2_fast(sum[0]) + load_fresh(partials + lane);
     __syncthreads();
     uint32_t two = pack<T>(sums[31 - lane], sum[1]);
+    two = multiply_add<T>(two, numbers, number);
     float low = unpack<T>(static_cast<uint16_t>(two));
     float high = unpack<T>(static_cast<uint16_t>(two >> 16));
     out[lane] = low + high + sum[2] * sum[3] + ahead + d.x + d.y + d.z + d.w + warp_add(two);

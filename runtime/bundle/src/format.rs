@@ -127,7 +127,10 @@ impl WeightFormat {
     /// Shape of the stored form of an (N, K) matrix.
     pub fn shape(self, layout: Layout, n: usize, k: usize) -> Vec<usize> {
         match self {
-            WeightFormat::Int(format) => format.packed_shape(n, k).to_vec(),
+            WeightFormat::Int(format) => match layout {
+                Layout::Panels => format.packed_shape(n, k).to_vec(),
+                Layout::Tiles => format.strips_shape(n, k).to_vec(),
+            },
             _ => layout.shape(n, k),
         }
     }

@@ -43,6 +43,28 @@
 //! In 16-bit types a tile is 512 bytes: the 16-byte vectors of the 32 lanes of a warp. Lane `4 * n + c`
 //! holds inputs `8 * c` to `8 * c + 7` of output `n`, its share of the B operands of two
 //! `mma.m16n8k16`. (The instruction sums over k in any order, as long as A is permuted likewise.)
+//!
+//! # Tiles of integers: CUDA
+//!
+//! A lane's vector of 16 bytes then holds its share of several neighbouring tiles, a *span*: of two in
+//! int8, of four in int4. A strip, which is [`TILE_N`] outputs by all inputs, lies together:
+//!
+//! ```text
+//! strip = span 0 | span 1 | ... | groups | units          filled up to STRIP_ALIGN_BYTES
+//! span = lane 0 | lane 1 | ... | lane 31                  16 bytes each
+//! int8 lane 4 * n + c: word[2 * tile + i / 4], byte i % 4 with the middle two exchanged: q + 128
+//! int4 lane 4 * n + c: word[tile], bits from 4 * (i / 2) + 16 * (i % 2): q
+//!                                                         i-th of the lane's inputs of a tile
+//! group = scale and minimum of output 0 | of output 1 | ...       bf16; minima in int4 only; none in
+//!                                                         int8 with a scale for each output
+//! units = one f32 for each output
+//! ```
+//!
+//! A mask thus leaves two codes where the two halves of a word of the operand are, the lower bits of
+//! f16 or bf16; a multiply-add makes numbers of them. For these to fit an f16, scales and minima are
+//! relative to the output's unit: the power of two that makes the largest number of a row's groups, the
+//! scale or a sixteenth of the minimum, at least 1 and less than 2. An output is the sum of its products
+//! in units. In int8 with a scale for each output that scale is the unit.
 
 use crate::IntFormat;
 use serde::{Deserialize, Serialize};
@@ -105,6 +127,11 @@ impl Layout {
 pub const TILE_N: usize = 8;
 /// Inputs of a tile.
 pub const TILE_K: usize = 32;
+/// Lanes of a warp, which share a tile, and the bytes that each loads at once.
+const TILE_LANES: usize = 32;
+const VECTOR_BYTES: usize = 16;
+/// Strips of integer tiles are multiples of this: a cache line of a GPU.
+pub const STRIP_ALIGN_BYTES: usize = 128;
 
 /// Outputs (rows of W) in a panel.
 pub const PANEL: usize = 32;
@@ -131,7 +158,7 @@ pub const CODE_STEP: usize = 8;
 pub const SCALES_BYTES: usize = PANEL * 2;
 
 impl IntFormat {
-    /// Shape, in bytes, of the packed form of an (N, K) matrix.
+    /// Shape, in bytes, of an (N, K) matrix in panels.
     pub fn packed_shape(self, n: usize, k: usize) -> [usize; 2] {
         [panels(n), self.panel_bytes(k)]
     }
@@ -198,6 +225,147 @@ impl IntFormat {
         }
         packed
     }
+
+    /// Bits of a code in tiles.
+    pub const fn bits(self) -> usize {
+        match self {
+            IntFormat::Int8 { .. } => 8,
+            IntFormat::Int4 { .. } => 4,
+        }
+    }
+
+    /// Tiles of inputs in a lane's vector.
+    pub const fn span_tiles(self) -> usize {
+        VECTOR_BYTES * TILE_LANES * 8 / (self.bits() * TILE_N * TILE_K)
+    }
+
+    /// Inputs of a group of tiles, a multiple of [`TILE_K`] that may be more than a matrix has; none
+    /// where a scale is of a whole output.
+    pub const fn tile_group(self) -> Option<usize> {
+        match self {
+            IntFormat::Int8 { group: None } => None,
+            IntFormat::Int8 { group: Some(group) } | IntFormat::Int4 { group } => {
+                Some(group.inputs())
+            }
+        }
+    }
+
+    /// Shape, in bytes, of an (N, K) matrix in strips of tiles.
+    pub fn strips_shape(self, n: usize, k: usize) -> [usize; 2] {
+        [n.div_ceil(TILE_N), self.strip_bytes(k)]
+    }
+
+    /// Bytes of a strip of `k` inputs.
+    pub fn strip_bytes(self, k: usize) -> usize {
+        (self.units_start(k) + TILE_N * 4).next_multiple_of(STRIP_ALIGN_BYTES)
+    }
+
+    /// Inputs of a strip with those that fill its last span.
+    fn strip_inputs(self, k: usize) -> usize {
+        k.next_multiple_of(self.span_tiles() * TILE_K)
+    }
+
+    /// Where the groups of a strip begin, in bytes.
+    fn groups_start(self, k: usize) -> usize {
+        let spans = self.strip_inputs(k) / (self.span_tiles() * TILE_K);
+        spans * TILE_LANES * VECTOR_BYTES
+    }
+
+    /// Bytes of an output's numbers of a group.
+    const fn numbers_bytes(self) -> usize {
+        match self.has_minimum() {
+            true => 4,
+            false => 2,
+        }
+    }
+
+    /// Where the units of a strip begin, in bytes.
+    fn units_start(self, k: usize) -> usize {
+        let groups = self
+            .tile_group()
+            .map_or(0, |group| self.strip_inputs(k).div_ceil(group));
+        self.groups_start(k) + groups * TILE_N * self.numbers_bytes()
+    }
+
+    /// Packs rows of W, as [`pack`](Self::pack) has them, into whole strips.
+    pub fn pack_strips(self, codes: &[i8], scales: &[u16], minima: &[u16], k: usize) -> Vec<u8> {
+        let (n, groups) = (codes.len() / k.max(1), self.groups(k));
+        let strip_bytes = self.strip_bytes(k);
+        let mut packed = vec![0; n.div_ceil(TILE_N) * strip_bytes];
+        for (row, codes) in codes.chunks(k.max(1)).enumerate() {
+            let (strip, output) = (row / TILE_N * strip_bytes, row % TILE_N);
+            let strip = &mut packed[strip..strip + strip_bytes];
+            for (input, &code) in codes.iter().enumerate() {
+                let (at, shift) = self.tile_place(output, input);
+                strip[at] |= match self {
+                    IntFormat::Int8 { .. } => code.cast_unsigned() ^ 0x80,
+                    IntFormat::Int4 { .. } => (code.cast_unsigned() & 15) << shift,
+                };
+            }
+            let numbers = |list: &[u16]| -> Vec<f32> {
+                let list = list.iter().skip(row * groups).take(groups);
+                list.map(|&bits| bf16(bits)).collect()
+            };
+            let (scales, minima) = (numbers(scales), numbers(minima));
+            let unit = match self.tile_group() {
+                None => scales.first().copied().unwrap_or(0.0),
+                Some(_) => unit(&scales, &minima),
+            };
+            let at = self.units_start(k) + 4 * output;
+            strip[at..at + 4].copy_from_slice(&unit.to_le_bytes());
+            if self.tile_group().is_none() {
+                continue;
+            }
+            let numbers_bytes = self.numbers_bytes();
+            for group in 0..groups {
+                let at = self.groups_start(k) + (group * TILE_N + output) * numbers_bytes;
+                for (list, numbers) in [&scales, &minima].into_iter().enumerate() {
+                    if let Some(&number) = numbers.get(group) {
+                        let at = at + 2 * list;
+                        // Exact: a quotient by a power of two.
+                        let bits = (number / unit).to_bits() >> 16;
+                        strip[at..at + 2].copy_from_slice(&(bits as u16).to_le_bytes());
+                    }
+                }
+            }
+        }
+        packed
+    }
+
+    /// Where the code of an output and an input lies in a strip: its byte, and its first bit.
+    fn tile_place(self, output: usize, input: usize) -> (usize, usize) {
+        let (tile, input) = (input / TILE_K, input % TILE_K);
+        let (span, tile) = (tile / self.span_tiles(), tile % self.span_tiles());
+        let (lane, i) = (4 * output + input / 8, input % 8);
+        let vector = (span * TILE_LANES + lane) * VECTOR_BYTES;
+        match self {
+            IntFormat::Int8 { .. } => {
+                let byte = [0, 2, 1, 3][i % 4];
+                (vector + 8 * tile + i / 4 * 4 + byte, 0)
+            }
+            IntFormat::Int4 { .. } => {
+                let bit = 4 * (i / 2) + 16 * (i % 2);
+                (vector + 4 * tile + bit / 8, bit % 8)
+            }
+        }
+    }
+}
+
+/// The number with these bits of bf16.
+fn bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// The power of two that scales and minima of an output are relative to.
+fn unit(scales: &[f32], minima: &[f32]) -> f32 {
+    let minima = minima.iter().map(|minimum| minimum.abs() / 16.0);
+    let largest = scales
+        .iter()
+        .copied()
+        .chain(minima)
+        .fold(f32::MIN_POSITIVE, f32::max);
+    // The exponent without the fraction.
+    f32::from_bits(largest.to_bits() & 0xff80_0000)
 }
 
 #[cfg(test)]
@@ -273,6 +441,97 @@ mod tests {
                 }
             }
             assert_eq!(at, packed.len(), "{text}");
+        }
+    }
+
+    #[test]
+    fn strips_of_integers_are_read_as_lanes_read_them() {
+        for text in [
+            "int8",
+            "int8:g32",
+            "int8:g96",
+            "int4:g32",
+            "int4:g64",
+            "int4:g1024",
+        ] {
+            let format = text.parse::<WeightFormat>().unwrap().int().unwrap();
+            let (n, k) = (19, 205);
+            let (lowest, highest) = format.codes();
+            let span = i64::from(highest) - i64::from(lowest) + 1;
+            let code = |row: usize, input: usize| {
+                (i64::from(lowest) + (row * 37 + input * 11) as i64 % span) as i8
+            };
+            let codes: Vec<i8> = (0..n * k).map(|at| code(at / k, at % k)).collect();
+            let groups = format.groups(k);
+            // Numbers over many powers of two.
+            let bits = |at: usize| (0x3000 + at * 0x35) as u16;
+            let scales: Vec<u16> = (0..n * groups).map(bits).collect();
+            let minima: Vec<u16> = match format.has_minimum() {
+                true => scales.iter().map(|scale| 0x8000 | (scale + 64)).collect(),
+                false => vec![],
+            };
+            let packed = format.pack_strips(&codes, &scales, &minima, k);
+            let [strips, strip_bytes] = format.strips_shape(n, k);
+            assert_eq!((strips, packed.len()), (3, strips * strip_bytes));
+            assert!(strip_bytes.is_multiple_of(STRIP_ALIGN_BYTES));
+            let read = |at: usize| u16::from_le_bytes([packed[at], packed[at + 1]]);
+            let (tiles, size) = (
+                format.span_tiles(),
+                if format.has_minimum() { 4 } else { 2 },
+            );
+            let spans = k.div_ceil(TILE_K * tiles);
+            for row in 0..strips * TILE_N {
+                let strip = row / TILE_N * strip_bytes;
+                let group_bytes = TILE_N * size;
+                let first_group = strip + spans * 512;
+                let stored_groups = format
+                    .tile_group()
+                    .map_or(0, |group| (spans * tiles * TILE_K).div_ceil(group));
+                let unit = first_group + stored_groups * group_bytes + row % TILE_N * 4;
+                let unit = f32::from_le_bytes(packed[unit..unit + 4].try_into().unwrap());
+                for input in 0..spans * tiles * TILE_K {
+                    let (tile, lane) = (input / TILE_K, 4 * (row % TILE_N) + input % TILE_K / 8);
+                    let vector = strip + (tile / tiles * 32 + lane) * 16;
+                    let word = |word: usize| {
+                        let at = vector + 4 * word;
+                        u32::from_le_bytes(packed[at..at + 4].try_into().unwrap())
+                    };
+                    // A pair of codes stands in the halves of a word once it is masked.
+                    let (pair, half) = (input % 8 / 2, input % 2);
+                    let found = match format {
+                        IntFormat::Int8 { .. } => {
+                            let word = word(tile % tiles * 2 + pair / 2) >> (8 * (pair % 2));
+                            i64::from(word >> (16 * half) & 0xff) - 128
+                        }
+                        IntFormat::Int4 { .. } => {
+                            i64::from(word(tile % tiles) >> (4 * pair + 16 * half) & 15)
+                        }
+                    };
+                    if row >= n || input >= k {
+                        assert!(found == 0 || found == -128);
+                        continue;
+                    }
+                    assert_eq!(
+                        found,
+                        i64::from(code(row, input)),
+                        "{text}: [{row}][{input}]"
+                    );
+                    let group = row * groups + input / format.group(k).max(1);
+                    let (mut scale, mut minimum) = (1.0, 0.0);
+                    if let Some(inputs) = format.tile_group() {
+                        let at = first_group + input / inputs * group_bytes + row % TILE_N * size;
+                        scale = bf16(read(at));
+                        assert!(scale < 2.0);
+                        if format.has_minimum() {
+                            minimum = bf16(read(at + 2));
+                            assert!(minimum.abs() < 32.0);
+                        }
+                    }
+                    assert_eq!(scale * unit, bf16(scales[group]), "{text}");
+                    let needed = minima.get(group).map_or(0.0, |&bits| bf16(bits));
+                    assert_eq!(minimum * unit, needed, "{text}");
+                }
+            }
         }
     }
 }

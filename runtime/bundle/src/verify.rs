@@ -10,7 +10,7 @@
 //! - buffers lie inside the arena at offsets aligned to [`ALIGN_BYTES`];
 //! - there is an executable of each phase, and a prefill step of one token always fits one;
 //! - hidden states number L+1, and their kernels write the buffers that they name;
-//! - matrices of integers are in panels, and every exception from the target's format is a matrix;
+//! - every exception from the target's format is a matrix;
 //! - launches name kernels, images, buffers, layers and weights that exist, lie in their workspace
 //!   and go through the program's kernels in order;
 //! - a target has images, launches and a launch that copies blocks, or none of them.
@@ -19,7 +19,7 @@
 
 use crate::{
     ALIGN_BYTES, Argument, BufferId, DType, Executable, Image, KernelSpec, Linear, Manifest, Norm,
-    Phase, Program, RowKind, Rows, Target, packing::Layout,
+    Phase, Program, RowKind, Rows, Target,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -185,15 +185,6 @@ fn verify_target(manifest: &Manifest, target: &Target) -> Check {
                 format!("{field} is {dtype}, which is no floating-point type"),
             );
         }
-    }
-    let formats = target.exceptions.values().chain([&target.weights]);
-    if let Some(format) = formats.into_iter().find(|format| format.int().is_some())
-        && target.layout != Layout::Panels
-    {
-        return fail(
-            &place,
-            format!("weights are {format}, which exists in the layout panels alone"),
-        );
     }
     if !manifest.files.contains_key(&target.weights_file) {
         return fail(

@@ -41,6 +41,19 @@ KILN_DEVICE float unpack<bf16>(uint16_t bits) {
     return emulation::f32_from_bf16(bits);
 }
 
+template <typename T>
+KILN_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+KILN_DEVICE uint32_t multiply_add<f16>(uint32_t a, uint32_t b, uint32_t c) {
+    return emulation::fused<emulation::f32_from_f16, emulation::f16_from>(a, b, c);
+}
+
+template <>
+KILN_DEVICE uint32_t multiply_add<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+    return emulation::fused<emulation::f32_from_bf16, emulation::bf16_from>(a, b, c);
+}
+
 namespace emulation {
 template <unsigned BYTES = 16>
 void check_alignment(const void* address, const char* what) {
@@ -54,6 +67,10 @@ KILN_DEVICE uint4 load_weight(const uint4* address) {
 }
 
 KILN_DEVICE float load_ahead(const float* address) { return *address; }
+
+KILN_DEVICE uint32_t load_ahead(const uint32_t* address) { return *address; }
+
+KILN_DEVICE uint16_t load_ahead(const uint16_t* address) { return *address; }
 
 KILN_DEVICE uint32_t load_fresh(const uint32_t* address) { return *address; }
 

@@ -87,6 +87,36 @@ fn gpt2_in_bf16() {
 }
 
 #[test]
+fn int8_in_f16() {
+    conforms("opt-int8", DType::F16);
+}
+
+#[test]
+fn int8_in_bf16() {
+    conforms("opt-int8", DType::Bf16);
+}
+
+#[test]
+fn groups_of_int8_in_f16() {
+    conforms("opt-post-int8", DType::F16);
+}
+
+#[test]
+fn groups_of_int8_in_bf16() {
+    conforms("opt-post-int8", DType::Bf16);
+}
+
+#[test]
+fn int4_in_f16() {
+    conforms("opt-int4", DType::F16);
+}
+
+#[test]
+fn int4_in_bf16() {
+    conforms("gpt2-int4", DType::Bf16);
+}
+
+#[test]
 fn the_cpu_keeps_to_its_own_rules() {
     let subjects = subjects();
     let (_dir, bundle) = compiled(&subjects[0], DType::F16);

@@ -47,11 +47,19 @@ fn small(like: &str) -> Subject {
             ..like.config.clone()
         },
         max_batch: 9,
+        weights: None,
     }
 }
 
 fn norms_before() -> Subject {
     small("opt-d64")
+}
+
+fn integers() -> Subject {
+    Subject {
+        weights: Some(("int4:g32", "int8")),
+        ..norms_before()
+    }
 }
 
 fn norms_behind() -> Subject {
@@ -261,6 +269,11 @@ fn norms_behind_give_the_same_bytes_in_every_order() {
 }
 
 #[test]
+fn integers_give_the_same_bytes_in_every_order() {
+    same_in_every_order(&integers());
+}
+
+#[test]
 fn choices_are_those_of_the_cpu() {
     let compiled = Compiled::new(&norms_before());
     let bundle = compiled.bundle();
@@ -326,6 +339,11 @@ fn norms_behind_keep_to_their_own_memory() {
     keep_to_their_own_memory("norms_behind_keep_to_their_own_memory", || {
         vec![norms_behind()]
     });
+}
+
+#[test]
+fn integers_keep_to_their_own_memory() {
+    keep_to_their_own_memory("integers_keep_to_their_own_memory", || vec![integers()]);
 }
 
 #[test]
@@ -396,6 +414,32 @@ mistakes! {
         "__syncthreads();\n    for (uint32_t i" => "\n    for (uint32_t i", BYTES;
     a_kernel_that_overtakes_the_previous: "embed_tokens_positions_48_f16.cu",
         "wait_for_previous();" => "", "no thread has called wait_for_previous()";
+}
+
+/// Changes how a kernel reads integers: the CPU must disagree.
+macro_rules! mistakes_in_integers {
+    ($($test:ident: $file:literal, $from:literal => $to:literal;)*) => {$(
+        #[test]
+        fn $test() {
+            let compiled = Compiled::new(&integers());
+            compiled.plant(concat!($file, "/weights.cuh"), $from, $to);
+            let found = compiled.run(0, &[]).err().expect("the mistake does not show");
+            assert!(!found.contains(BYTES), "{found}");
+        }
+    )*};
+}
+
+mistakes_in_integers! {
+    numbers_of_another_group: "linear_norm_48x144_int4g32_r8_bias_qkv_f16.cu",
+        "load_numbers(strip, tile / GROUP_TILES, lane_index() / 4)" => "load_numbers(strip, 0, lane_index() / 4)";
+    numbers_of_another_tile: "gemm_328x48_int4g32_b64x64_bias_residual_f32_f16.cu",
+        "lane_index() / 4 * 4 + tile)" => "lane_index() / 4 * 4)";
+    codes_of_another_tile: "gemm_48x328_int4g32_b64x64_bias_relu_f16.cu",
+        "low = words[tile], high = low >> 8" => "low = words[0], high = low >> 8";
+    units_of_another_output: "linear_norm_48x301_int8_r8_logits_f16.cu",
+        "n % TILE_N) * Codes" => "0) * Codes";
+    a_row_of_another_token: "embed_tokens_positions_48_int8_f16.cu",
+        "output * 4 + k % TILE_K / 8" => "k % TILE_K / 8";
 }
 
 /// Changes a kernel: a sanitizer must find it, at that kernel.

@@ -104,6 +104,56 @@ fn every_f16_and_bf16_unpacks() {
 }
 
 #[test]
+fn products_and_sums_are_rounded_once() {
+    // Codes of eight bits as subnormal numbers, raised and lowered: all of it is exact. Then one half of the
+    // last place, which rounds to even, and a little more, which rounds up; f32 has no room for that much.
+    let mut f16s: Vec<([u16; 3], u16)> = vec![];
+    let mut bf16s = f16s.clone();
+    let ([one, half, less], [one_b, half_b, less_b]) = (
+        [1.0, 2f32.powi(-11), 2f32.powi(-24)].map(|x| f16::from_f32(x).to_bits()),
+        [1.0, 2f32.powi(-8), 2f32.powi(-40)].map(|x| bf16::from_f32(x).to_bits()),
+    );
+    for code in 0..256u16 {
+        let number = f32::from(code) - 128.0;
+        let exact = f16::from_f32(number / 512.0).to_bits();
+        f16s.push(([code, 0x7800, 0xb400], exact));
+        let exact = bf16::from_f32(number / 64.0).to_bits();
+        bf16s.push(([code, 0x7f00, 0xc000], exact));
+    }
+    f16s.extend([([one, half, one], one), ([half | 1, one, one], one + 1)]);
+    bf16s.extend([
+        ([one_b, half_b, one_b], one_b),
+        ([half_b | 1, one_b, one_b], one_b + 1),
+    ]);
+    let (negative, negative_b) = (0x8000 | less, 0x8000 | less_b);
+    f16s.extend([([half + 1, one, one], one + 1), ([negative, one, one], one)]);
+    bf16s.extend([
+        ([half_b + 1, one_b, one_b], one_b + 1),
+        ([negative_b, one_b, one_b], one_b),
+    ]);
+    for (of_f16, cases) in [(true, f16s), (false, bf16s)] {
+        let mut driver = driver(0);
+        let mut words_of = |operand: usize| {
+            let mut list: Vec<u32> = cases
+                .iter()
+                .map(|(x, _)| u32::from(x[operand]) << 16)
+                .collect();
+            list.resize(512, 0);
+            memory(&mut driver, &list)
+        };
+        let [a, b, c] = [0, 1, 2].map(&mut words_of);
+        let found = [(); 2].map(|()| memory(&mut driver, &[0; 512]));
+        let image = image("numbers.cu", "fuse_pairs", 256, 0);
+        let parameters = [a, b, c, found[0], found[1]].map(address);
+        launch(&mut driver, &image, 2, &parameters).unwrap();
+        let found = words(&mut driver, found[usize::from(!of_f16)], 512);
+        for ((operands, expected), found) in cases.iter().zip(found) {
+            assert_eq!(found >> 16, u32::from(*expected), "{operands:x?}");
+        }
+    }
+}
+
+#[test]
 fn numbers_pack_to_the_nearest_even() {
     // Every f16 and bf16, the points half way to the next, and their neighbours.
     let mut numbers: Vec<f32> = vec![];

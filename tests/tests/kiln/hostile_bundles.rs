@@ -185,7 +185,7 @@ fn formats_that_contradict_the_weights_are_named() {
         (
             "\"layout\": \"panels\"",
             "\"layout\": \"tiles\"",
-            "exists in the layout panels alone",
+            "needed is u8",
         ),
         (
             "\"tables\": \"f32\"",

@@ -1,6 +1,7 @@
 //! Matrices of integers, as a user meets them.
 
-use kiln_compiler::CompileOptions;
+use kiln_bundle::{Bundle, KernelSpec};
+use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
 use kiln_tests::{TestBundle, failure, fixture, program, repository};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -126,6 +127,42 @@ fn bundles_of_integers_verify_on_every_instruction_set() {
 }
 
 #[test]
+fn cpu_and_gpu_have_the_same_integers() {
+    let gpu = TargetChoice::Cuda(CudaTarget::Sm80);
+    let options = |targets| CompileOptions {
+        targets,
+        weights: Some("int4".parse().unwrap()),
+        lm_head: Some("int8:g32".parse().unwrap()),
+        calibrate: Some(fixture("calibration.txt")),
+        emit_only: true,
+        ..CompileOptions::default()
+    };
+    let both = TestBundle::compile(
+        &repository("models/demo"),
+        &options(vec![TargetChoice::Cpu, gpu]),
+    );
+    let report = json(&["kilnc", "inspect", "--gpu", "A100"], &both);
+    for target in [0, 1] {
+        let target = &report["targets"][target];
+        assert_eq!(target["weights"], "int4:g64");
+        assert_eq!(target["lm_head"], "int8:g32");
+    }
+    // The formats, not the layouts, decide how many bytes are read; strips fill up to their alignment.
+    let bundle = Bundle::open(&both.path()).unwrap();
+    let [cpu, gpu] = [0, 1].map(|target| {
+        let target = &bundle.manifest().targets[target];
+        let linears = target.programs[1].kernels.iter();
+        let linears = linears.filter_map(KernelSpec::linear);
+        let bytes = linears.map(|linear| {
+            let (n, k) = (linear.out_features as usize, linear.in_features as usize);
+            target.format(&linear.weight).bytes(target.layout, n, k)
+        });
+        bytes.sum::<u64>() as f64
+    });
+    assert!((0.99..1.1).contains(&(gpu / cpu)), "{gpu} for {cpu}");
+}
+
+#[test]
 fn what_has_no_use_is_refused_by_its_flag() {
     let compile = |flags: &[&str]| {
         let output = program("kilnc")
@@ -148,20 +185,28 @@ fn what_has_no_use_is_refused_by_its_flag() {
         ),
         (&["--weights", "int5"], "unknown weight format \"int5\""),
         (
-            &["--weights", "int8", "--target", "sm_80", "--emit-only"],
-            "--weights is int8; CUDA targets have no integer weights yet",
+            &[
+                "--weights",
+                "int8",
+                "--lm-head",
+                "f32",
+                "--target",
+                "sm_80",
+                "--emit-only",
+            ],
+            "--dtype is f32; a CUDA target takes f16 or bf16",
         ),
         (
             &[
+                "--weights",
+                "bf16",
                 "--lm-head",
-                "int8",
+                "f16",
                 "--target",
                 "sm_80",
-                "--target",
-                "cpu",
                 "--emit-only",
             ],
-            "--lm-head is int8; CUDA targets have no integer weights yet",
+            "--lm-head is f16; a CUDA target takes f16 or bf16",
         ),
     ] {
         let found = compile(flags);
