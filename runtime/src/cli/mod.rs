@@ -61,6 +61,10 @@ struct DeviceArgs {
     /// memory that is left, or nine tenths of a GPU's]
     #[arg(long, value_name = "N")]
     kv_cache_mb: Option<u32>,
+    /// Read all weights of the CPU device at the start and keep them from being paged out; `ulimit -l`
+    /// must allow as much
+    #[arg(long)]
+    mlock: bool,
     /// Launches a GPU's kernels one by one: slower than replaying recorded graphs, with the same
     /// results
     #[arg(long)]
@@ -138,6 +142,7 @@ fn load(path: &Path, args: &DeviceArgs) -> anyhow::Result<Loaded> {
         cpu: CpuOptions {
             threads: args.threads.map(usize::from),
             kv_cache_bytes,
+            lock_weights: args.mlock,
         },
         cuda: CudaOptions {
             kv_cache_bytes,

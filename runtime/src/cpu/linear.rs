@@ -188,6 +188,8 @@ fn multiply<M: Matrix>(
     let product = Product {
         k,
         weight,
+        values,
+        runs,
         rows,
         row_runs,
         tiles,
@@ -315,6 +317,9 @@ impl<'a, M: Matrix> Prepare<'a, M> {
 struct Product<'a, M> {
     k: usize,
     weight: M,
+    /// Values and runs of a prepared row.
+    values: usize,
+    runs: usize,
     /// Prepared rows, tile by tile: (values, rows of the tile) each.
     rows: &'a [f32],
     /// Their runs, tile by tile: (runs, rows of the tile, 2) each.
@@ -327,17 +332,14 @@ struct Product<'a, M> {
 }
 
 impl<M: Matrix> Product<'_, M> {
-    /// Where `x[range][k]` lies.
-    fn rows(&self, range: &Range<usize>, k: usize) -> *const f32 {
-        let first = range.start * self.weight.values() + k / M::INPUTS * range.len();
-        self.rows[first..].as_ptr()
+    /// Where value `first` of the rows `range` lies.
+    fn rows(&self, range: &Range<usize>, first: usize) -> *const f32 {
+        self.rows[range.start * self.values + first * range.len()..].as_ptr()
     }
 
-    /// Where the runs of `x[range]` lie, from the one that begins with input `k` on.
-    fn row_runs(&self, range: &Range<usize>, k: usize) -> *const f32 {
-        let runs = |k| self.weight.runs(k);
-        let first = 2 * (range.start * runs(self.k) + runs(k) * range.len());
-        self.row_runs[first..].as_ptr()
+    /// Where run `first` of the rows `range` lies.
+    fn row_runs(&self, range: &Range<usize>, first: usize) -> *const f32 {
+        self.row_runs[2 * (range.start * self.runs + first * range.len())..].as_ptr()
     }
 
     /// Finishes and writes the outputs at (`t`, `col..col + 16`), as far as they exist.
@@ -432,8 +434,10 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
         let slices = PANEL / (VECTORS * LANES);
         let calls = slices * tiles.len();
 
+        let mut block = weight.block(panel, 0);
         for k0 in (0..k).step_by(block_k) {
             let inputs = k0..k.min(k0 + block_k);
+            let (first_value, first_run) = (k0 / M::INPUTS, weight.runs(k0));
             // Each call asks for its share of the next block.
             let next = weight.block(panel, inputs.end);
             let share = weight.bytes(M::STEP_INPUTS).div_ceil(calls);
@@ -445,16 +449,16 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                     let c = sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
                     let ahead = match once {
                         true => Ahead::Behind(PREFETCH_BYTES),
-                        false => Ahead::At(next.wrapping_add(call * call_bytes), share),
+                        false => Ahead::At(next.address().wrapping_add(call * call_bytes), share),
                     };
                     call += 1;
                     let part = Part {
-                        panel,
+                        block,
                         inputs: inputs.clone(),
                         column,
                         rows: range.len(),
-                        x: product.rows(&range, k0),
-                        runs: product.row_runs(&range, k0),
+                        x: product.rows(&range, first_value),
+                        runs: product.row_runs(&range, first_run),
                         sums: c,
                         ahead,
                     };
@@ -476,6 +480,7 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                     }
                 }
             }
+            block = next;
         }
     }
 }

@@ -38,8 +38,8 @@ pub(super) trait Matrix: Copy + Sync {
     /// Bytes that `inputs` inputs of a panel take, about.
     fn bytes(&self, inputs: usize) -> usize;
 
-    /// Where a block begins; behind the panel for its end.
-    fn block(&self, panel: usize, k: usize) -> *const u8;
+    /// The block that begins with input `k`; what lies behind the panel for its end.
+    fn block(&self, panel: usize, k: usize) -> Block;
 
     /// Writes `row` as row `r` of a tile.
     fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>);
@@ -60,9 +60,25 @@ pub(super) struct PreparedTile<'a> {
     pub(super) runs: &'a mut [f32],
 }
 
+/// Where a block of a panel lies.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    /// The scales of its first group, where there are any.
+    scales: *const u8,
+    /// The weights of its first input.
+    weights: *const u8,
+}
+
+impl Block {
+    /// Its first byte.
+    pub(super) fn address(&self) -> *const u8 {
+        self.weights
+    }
+}
+
 /// A block of a panel, some vectors across, and a tile of rows.
 pub(super) struct Part {
-    pub(super) panel: usize,
+    pub(super) block: Block,
     /// The block's inputs.
     pub(super) inputs: Range<usize>,
     /// First output within the panel.
@@ -126,8 +142,12 @@ impl<E: Element> Matrix for Floats<'_, E> {
     }
 
     #[inline(always)]
-    fn block(&self, panel: usize, k: usize) -> *const u8 {
-        self.weight[(panel * self.k + k) * PANEL..].as_ptr().cast()
+    fn block(&self, panel: usize, k: usize) -> Block {
+        let weights = self.weight[(panel * self.k + k) * PANEL..].as_ptr().cast();
+        Block {
+            scales: weights,
+            weights,
+        }
     }
 
     fn prepare(&self, _: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
@@ -138,7 +158,7 @@ impl<E: Element> Matrix for Floats<'_, E> {
 
     #[inline(always)]
     unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
-        let block = self.block(part.panel, part.inputs.start);
+        let block = part.block.weights;
         let (ahead, ahead_step) = match part.ahead {
             Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(1)),
             Ahead::At(ahead, step) => (ahead, step),
@@ -166,18 +186,21 @@ impl<E: Element> Matrix for Floats<'_, E> {
 pub(super) struct Integers<'a, C> {
     panels: IntPanels<'a>,
     k: usize,
-    /// Inputs of a group.
+    /// Inputs of a group, and the bytes of one.
     group: usize,
+    group_bytes: usize,
     words: PhantomData<C>,
 }
 
 impl<'a, C> Integers<'a, C> {
     /// Panels of `k` inputs.
     pub(super) fn new(panels: IntPanels<'a>, k: usize) -> Integers<'a, C> {
+        let group = panels.format.group(k).max(1);
         Integers {
             panels,
             k,
-            group: panels.format.group(k).max(1),
+            group,
+            group_bytes: panels.format.group_bytes(group),
             words: PhantomData,
         }
     }
@@ -214,10 +237,14 @@ impl<C: Codes> Matrix for Integers<'_, C> {
     }
 
     #[inline(always)]
-    fn block(&self, panel: usize, k: usize) -> *const u8 {
+    fn block(&self, panel: usize, k: usize) -> Block {
         let first = k / self.group * self.group;
-        let codes = self.bytes(k - first);
-        self.panels.group(panel, first).wrapping_add(codes)
+        let scales = self.panels.group(panel, first);
+        let codes = self.panels.format.header_bytes() + self.bytes(k - first);
+        Block {
+            scales,
+            weights: scales.wrapping_add(codes),
+        }
     }
 
     fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
@@ -246,12 +273,8 @@ impl<C: Codes> Matrix for Integers<'_, C> {
     #[inline(always)]
     unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
         let format = self.panels.format;
-        let first = part.inputs.start;
-        let header = self.panels.group(part.panel, first);
-        let scales = header.cast::<bf16>().wrapping_add(part.column);
-        let codes = self
-            .block(part.panel, first)
-            .wrapping_add(format.header_bytes());
+        let codes = part.block.weights;
+        let scales = part.block.scales.cast::<bf16>().wrapping_add(part.column);
         let (ahead, ahead_step, ahead_group) = match part.ahead {
             Ahead::Behind(bytes) => (
                 codes.wrapping_add(bytes),
@@ -263,14 +286,14 @@ impl<C: Codes> Matrix for Integers<'_, C> {
         let tile = IntTile {
             k: part.inputs.len(),
             group: self.group,
-            group_bytes: format.group_bytes(self.group),
+            group_bytes: self.group_bytes,
             x: part.x.cast(),
             runs: part.runs,
             codes: codes.cast::<C>().wrapping_add(part.column),
             scales,
             minima: format.has_minimum().then(|| scales.wrapping_add(PANEL)),
             c: part.sums,
-            resume: first > 0,
+            resume: part.inputs.start > 0,
             ahead,
             ahead_step,
             ahead_group,

@@ -67,7 +67,7 @@ impl Oracle {
             device: DeviceChoice::Cpu,
             cpu: CpuOptions {
                 threads: Some(1),
-                kv_cache_bytes: None,
+                ..CpuOptions::default()
             },
             ..LoadOptions::default()
         };

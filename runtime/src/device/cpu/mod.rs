@@ -35,6 +35,8 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// Size of the KV cache; none: enough for a full batch of full sequences, within limits.
     pub kv_cache_bytes: Option<u64>,
+    /// Keep the weights from being paged out.
+    pub lock_weights: bool,
 }
 
 /// See the module.
@@ -72,7 +74,15 @@ impl CpuDevice {
                 .collect(),
         })?;
         check_plan(target).map_err(plan_error)?;
-        let weights = Weights::new(bundle.weights(target)?, target);
+        let file = bundle.weights(target)?;
+        if options.lock_weights {
+            file.lock().map_err(|source| DeviceError::Refused {
+                what: "to lock the weights in memory (`ulimit -l` is the most it allows)"
+                    .to_owned(),
+                source,
+            })?;
+        }
+        let weights = Weights::new(file, target);
         weights.check(target)?;
 
         let available = available_bytes();

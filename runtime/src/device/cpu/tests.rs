@@ -314,7 +314,7 @@ fn reference(ids: &[u32]) -> (Vec<Vec<f64>>, [Vec<Vec<f64>>; 2]) {
 fn load(path: &Path) -> Engine {
     let cpu = CpuOptions {
         threads: Some(2),
-        kv_cache_bytes: None,
+        ..CpuOptions::default()
     };
     let options = LoadOptions {
         cpu,
@@ -411,6 +411,38 @@ fn another_target_is_named() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn weights_are_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.kiln");
+    write_bundle(&path, "cpu");
+    let options = CpuOptions {
+        lock_weights: true,
+        ..CpuOptions::default()
+    };
+    let locked_kib = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmLck:"));
+        let number = line.and_then(|line| line.split_whitespace().nth(1));
+        number.unwrap().parse::<u64>().unwrap()
+    };
+    assert_eq!(locked_kib(), 0);
+    match CpuDevice::load(&Bundle::open(&path).unwrap(), &options) {
+        Ok(device) => {
+            let weights = device.facts().memory.weight_bytes;
+            assert!(weights > 0 && locked_kib() * 1024 >= weights);
+            drop(device);
+            assert_eq!(locked_kib(), 0);
+        }
+        // Where the limit is below the few kilobytes of this bundle.
+        Err(error) => assert!(
+            error.to_string().contains("refuses to lock the weights"),
+            "{error}"
+        ),
+    }
+}
+
+#[test]
 fn steps_outside_the_plan_are_refused() {
     use crate::device::{SequenceStep, Step};
     let dir = tempfile::tempdir().unwrap();
@@ -418,7 +450,7 @@ fn steps_outside_the_plan_are_refused() {
     write_bundle(&path, "cpu");
     let options = CpuOptions {
         threads: Some(1),
-        kv_cache_bytes: None,
+        ..CpuOptions::default()
     };
     let mut device = CpuDevice::load(&Bundle::open(&path).unwrap(), &options).unwrap();
     let sound = SequenceStep {
