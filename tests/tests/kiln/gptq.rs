@@ -112,7 +112,9 @@ fn unpack(format: IntFormat, k: usize, packed: &[u8]) -> Vec<Vec<u8>> {
                 let start = input / group * format.group_bytes(group) + format.header_bytes();
                 let input = input % group;
                 match format {
-                    IntFormat::Int8 { .. } => panel[start + input * PANEL + lane] ^ 128,
+                    IntFormat::Int8 { .. } => {
+                        panel[start + 4 * (input / 4 * PANEL + lane) + input % 4] ^ 128
+                    }
                     IntFormat::Int4 { .. } => {
                         let byte = start + 4 * (input / 8 * PANEL + lane) + input % 8 / 2;
                         (panel[byte] >> (4 * (input % 2))) & 15
