@@ -191,18 +191,17 @@ impl CompileOptions {
             });
         }
         let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);
-        let own = Some(config.dtype).filter(narrow).unwrap_or(DType::F16);
+        let own_float = Some(config.dtype).filter(narrow).unwrap_or(DType::F16);
         let float = |format: Option<WeightFormat>| match format {
             None | Some(WeightFormat::Int(_)) => None,
             Some(float) => Some(float.element()),
         };
         let asked = float(self.weights).or(float(self.lm_head));
-        let dtype = self.dtype.or(asked).unwrap_or(own);
-        let weights = self
-            .weights
-            .or(WeightFormat::of(dtype))
-            .unwrap_or(WeightFormat::F16);
-        let lm_head = self.lm_head.unwrap_or(as_head(weights));
+        let dtype = self.dtype.or(asked).unwrap_or(own_float);
+        let others = WeightFormat::of(dtype).unwrap_or(WeightFormat::F16);
+        let weights = self.weights.or(own.int().map(WeightFormat::Int));
+        let weights = weights.unwrap_or(others);
+        let lm_head = self.lm_head.unwrap_or(self.weights.map_or(others, as_head));
         for (flag, found) in [
             ("dtype", Some(dtype)),
             ("weights", float(Some(weights))),
@@ -224,7 +223,7 @@ impl CompileOptions {
             dtype,
             weights,
             lm_head,
-            others: weights,
+            others: self.weights.unwrap_or(others),
             tables: dtype,
         })
     }

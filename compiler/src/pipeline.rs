@@ -191,13 +191,6 @@ fn notes(
     let mut notes = vec![];
     if options.weights.is_none() {
         notes.extend(own.note);
-        if own.format.int().is_some() && types.weights.int().is_none() {
-            notes.push(format!(
-                "the checkpoint's {} are stored as the {} that they stand for: CUDA targets have no integer \
-                 weights yet",
-                own.format, types.weights
-            ));
-        }
     }
     match stored.rounded_again() {
         0 => {}

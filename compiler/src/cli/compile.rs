@@ -51,9 +51,9 @@ pub struct Arguments {
     /// that of `kiln eval` without flags, for the beginning of the text
     #[arg(long, value_name = "FILE")]
     eval: Option<PathBuf>,
-    /// Tokens that --eval reads at most; each is computed four times
+    /// Tokens that --eval reads at most; each is computed about four times
     #[arg(long, value_name = "N", default_value_t = 4096, requires = "eval",
-          value_parser = clap::value_parser!(u32).range(2..))]
+          value_parser = clap::value_parser!(u32).range(2..=65536))]
     eval_tokens: u32,
     /// Most sequences in one step.
     #[arg(long, value_name = "N", default_value_t = 16)]

@@ -28,6 +28,9 @@ use std::{
 use super::{Checkpoint, CheckpointError, SourceDType, TensorInfo, check_read};
 use crate::config::{Architecture, GptqConfig, ModelConfig};
 
+/// Scales from here on would leave the range of bf16 with their codes.
+const LARGEST_SCALE: f32 = 1e30;
+
 /// A checkpoint with the integers of some matrices beside what they stand for.
 pub struct GptqCheckpoint {
     inner: Box<dyn Checkpoint>,
@@ -246,10 +249,10 @@ impl GptqCheckpoint {
         let steps = self.inner.read(&scales)?.to_f32()?;
         if let Some(step) = steps
             .iter()
-            .find(|step| !(step.is_finite() && **step >= 0.0))
+            .find(|step| !(**step >= 0.0 && **step < LARGEST_SCALE))
         {
             let found = format!("the scale {step}");
-            return Err(self.bad(&scales, found, "finite ones that are not negative"));
+            return Err(self.bad(&scales, found, "from 0 to 1e30"));
         }
         let mut integers = Integers {
             bits,

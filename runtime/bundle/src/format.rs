@@ -12,7 +12,7 @@ pub struct GroupSize(u32);
 impl GroupSize {
     /// Sizes are multiples of this, and it is the smallest.
     pub const STEP: u32 = 32;
-    /// The largest: its codes take half of a small L1 cache.
+    /// The largest: in int4 its codes take half of a small L1 cache.
     pub const MAX: u32 = 1024;
 
     /// A size, if it is one.

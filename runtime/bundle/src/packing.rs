@@ -28,8 +28,8 @@
 //!
 //! The inputs of a group are filled up to a multiple of [`CODE_STEP`] with zeros, which keeps every
 //! panel aligned to a cache line. A word holds inputs of one output: a shift and a mask give two of them as
-//! 16-bit numbers, which is how they are multiplied, with no shuffle. Scales and minima are bf16 for its range. That they are coarse costs
-//! next to nothing, because weights are rounded against what is stored.
+//! 16-bit numbers, which is how they are multiplied, with no shuffle. Scales and minima are bf16 for its
+//! range. That they are coarse costs next to nothing, because weights are rounded against what is stored.
 //!
 //! # Tiles: CUDA
 //!

@@ -1,9 +1,9 @@
 //! Rows as integers of 16 bits, for products with integer weights.
 //!
 //! A row is cut into runs, and each rounded to multiples of its greatest magnitude over 32767. Products
-//! with weights of 8 bits or less are then made two at a time in 32 bits, exactly and so in any order,
-//! which takes half the instructions of multiply-adds in `f32`. The error is at most 2^-16 of the
-//! run's greatest magnitude: for most values more accurate than `f16` would be.
+//! with weights of 8 bits or less are then made two at a time in 32 bits, exactly and so in any order, and
+//! weights need not become `f32`. The error is at most 2^-16 of the run's greatest magnitude (runs of
+//! magnitudes below 1e-30 are zero): for most values less than that of `f16`.
 
 use super::norm::load;
 use super::simd::{Isa, Kernel, LANES, Simd};
@@ -20,7 +20,8 @@ pub(super) fn runs(k: usize, group: usize) -> usize {
     k / group * group.div_ceil(RUN) + (k % group).div_ceil(RUN)
 }
 
-/// Writes a run of at most [`RUN`] values as integers, and gives their scale and the sum of the values.
+/// Writes a run of at most [`RUN`] values as integers, and gives their scale and the sum of what they stand
+/// for. (The sum of the values themselves would not go with products of the rounded ones.)
 ///
 /// A value that is not finite makes the scale not a number.
 pub(super) fn round(isa: Isa, run: &[f32], integers: &mut [f32; RUN]) -> [f32; 2] {
@@ -31,30 +32,32 @@ pub(super) fn round(isa: Isa, run: &[f32], integers: &mut [f32; RUN]) -> [f32; 2
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> [f32; 2] {
             let Round(run, integers) = self;
-            let (mut sum, mut largest, mut not_finite) = (simd.zero(), simd.zero(), simd.zero());
+            let (mut largest, mut not_finite) = (simd.zero(), simd.zero());
             for i in (0..run.len()).step_by(LANES) {
                 // SAFETY: as many values as are loaded are left in the run.
                 let x = unsafe { load(simd, run.as_ptr().add(i), run.len() - i) };
-                sum = simd.add(sum, x);
                 largest = simd.max(simd.max(x, simd.sub(simd.zero(), x)), largest);
                 not_finite = simd.fma(x, simd.zero(), not_finite);
             }
             let largest = simd.max_lanes(largest);
-            // Smaller values would have no finite inverse.
+            // Smaller values come near to having no finite inverse; they are nothing.
             let inverse = match largest > 1e-30 {
                 true => LARGEST / largest,
                 false => 0.0,
             };
+            let mut sum = simd.zero();
             for i in (0..run.len()).step_by(LANES) {
                 // SAFETY: as above; and the array's length is a multiple of LANES.
                 unsafe {
                     let x = load(simd, run.as_ptr().add(i), run.len() - i);
                     let integer = simd.round(simd.mul(x, simd.splat(inverse)));
+                    // Below 2^24, and so exact.
+                    sum = simd.add(sum, integer);
                     simd.store_f32(integers.as_mut_ptr().add(i), integer);
                 }
             }
             let scale = largest / LARGEST + simd.sum_lanes(not_finite);
-            [scale, simd.sum_lanes(sum)]
+            [scale, scale * simd.sum_lanes(sum)]
         }
     }
     assert!(run.len() <= RUN);
@@ -81,9 +84,8 @@ mod tests {
                         let error = (scale * integer - x).abs();
                         assert!(error <= largest * 2f32.powi(-16) * 1.01 + 1e-30, "{x}");
                     }
-                    let exact: f64 = run.iter().map(|&x| f64::from(x)).sum();
-                    let error = (f64::from(sum) - exact).abs();
-                    assert!(error <= f64::from(largest) * 1e-5);
+                    let exact: f32 = integers[..len].iter().sum();
+                    assert_eq!(sum, scale * exact);
                 }
             }
         }

@@ -656,7 +656,7 @@ mod tests {
             (7, 40, 64),
         ]
         .into_iter()
-        .chain([(13, 96, 600), (33, 70, 129), (200, 65, 90)])
+        .chain([(13, 96, 600), (33, 70, 129), (200, 65, 90), (3, 33, 1111)])
         {
             let case = Case::new(t, n, k);
             for packed in Packed::each(&case.weight, n, k) {

@@ -28,7 +28,7 @@ impl Buffer {
 
 /// Scratch of a [`super::Cpu`].
 pub(super) struct Scratch {
-    /// Input rows of a linear layer, normalised and interleaved for its tiles.
+    /// Input rows of a linear layer as its tiles read them, with their runs, and room for a row of each.
     pub(super) rows: Buffer,
     /// Mean and deviation of each residual row.
     pub(super) stats: Vec<Stats>,

@@ -116,7 +116,14 @@ impl Packed {
             let data = Data::Float(elements);
             Packed { data, values, n, k }
         });
-        let formats = ["int8", "int8:g32", "int4:g32", "int4:g64"];
+        let formats = [
+            "int8",
+            "int8:g32",
+            "int8:g160",
+            "int4:g32",
+            "int4:g64",
+            "int4:g288",
+        ];
         let ints = formats.map(|format| {
             let format: WeightFormat = format.parse().unwrap();
             Packed::of_integers(w, n, k, format.int().unwrap())

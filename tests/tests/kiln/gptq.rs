@@ -1,7 +1,9 @@
 //! Checkpoints that GPTQ has rounded, as they are: `tests/fixtures/make_gptq.py` makes them.
 
 use kiln_bundle::{Bundle, IntFormat, WeightFormat, packing::PANEL};
-use kiln_compiler::{CompileOptions, Compiled, Model, Silent, compile};
+use kiln_compiler::{
+    CompileOptions, Compiled, Model, Silent, TargetChoice, compile, cuda::CudaTarget,
+};
 use kiln_tests::{TestBundle, deviation, failure, fixture, program, tensors};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -92,6 +94,20 @@ fn a_checkpoint_keeps_its_own_format() {
                 "{notes:?}"
             );
         }
+    }
+    // GPUs get the same integers, and 16 bits for what is none.
+    let options_for_both = CompileOptions {
+        targets: vec![TargetChoice::Cpu, TargetChoice::Cuda(CudaTarget::Sm90a)],
+        emit_only: true,
+        ..options(None)
+    };
+    let Compiled {
+        manifest, notes, ..
+    } = compiled("tiny-opt-gptq", &options_for_both);
+    assert!(notes.is_empty(), "{notes:?}");
+    for target in &manifest.targets {
+        assert_eq!(target.weights.to_string(), "int4:g32");
+        assert_eq!(target.lm_head(), Some(WeightFormat::F16));
     }
     // 18 linears of OPT that another format does not hold.
     let notes = compiled("tiny-opt-gptq", &options(Some("int4:g64"))).notes;

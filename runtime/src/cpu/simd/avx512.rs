@@ -2,7 +2,7 @@
 
 use super::{Kernel, LANES, Simd};
 use half::{bf16, f16};
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 /// Proof that the machine has AVX-512 F, BW and VL, and all that `Avx2` asks for.
 #[derive(Clone, Copy)]
@@ -159,7 +159,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
-        proven!(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b)))
+        proven!(pinned(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b))))
     }
 
     #[inline(always)]
@@ -199,4 +199,15 @@ impl Simd for Avx512 {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
+}
+
+/// `v`, of which the compiler cannot tell; see AVX2's.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pinned(mut v: __m512i) -> __m512i {
+    // SAFETY: no instruction at all.
+    unsafe {
+        asm!("/* {v} */", v = inout(zmm_reg) v, options(pure, nomem, nostack, preserves_flags))
+    };
+    v
 }

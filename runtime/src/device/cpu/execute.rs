@@ -12,6 +12,7 @@ use kiln_bundle::{
     TensorView, WeightFile, WeightFormat,
 };
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 
 /// A step's lists in the form that kernels take.
@@ -157,6 +158,11 @@ impl Weights {
 
     pub(super) fn bytes(&self) -> u64 {
         self.file.bytes()
+    }
+
+    /// See [`WeightFile::lock`].
+    pub(super) fn lock(&self) -> io::Result<()> {
+        self.file.lock()
     }
 
     /// Looks up every tensor that the target's kernels will, so that none is missing in a step.

@@ -14,6 +14,7 @@ use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput};
 use crate::cpu::{Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
 use crate::sampling::Sampler;
 use execute::{Batch, Weights};
+use kiln_bundle::packing::Layout;
 use kiln_bundle::{ALIGN_BYTES, Bundle, DType, Executable, KernelSpec, Manifest, Target};
 use kv_memory::KvMemory;
 use memmap2::MmapMut;
@@ -74,15 +75,7 @@ impl CpuDevice {
                 .collect(),
         })?;
         check_plan(target).map_err(plan_error)?;
-        let file = bundle.weights(target)?;
-        if options.lock_weights {
-            file.lock().map_err(|source| DeviceError::Refused {
-                what: "to lock the weights in memory (`ulimit -l` is the most it allows)"
-                    .to_owned(),
-                source,
-            })?;
-        }
-        let weights = Weights::new(file, target);
+        let weights = Weights::new(bundle.weights(target)?, target);
         weights.check(target)?;
 
         let available = available_bytes();
@@ -108,6 +101,10 @@ impl CpuDevice {
             let what = what.to_owned();
             move |source: io::Error| DeviceError::Refused { what, source }
         };
+        if options.lock_weights {
+            let what = "to lock the weights in memory (`ulimit -l` is the most it allows)";
+            weights.lock().map_err(refused(what))?;
+        }
         let arena = map_zeros(memory.arena_bytes).map_err(refused("memory for activations"))?;
         let kv = KvMemory::new(&manifest.model, target.dtype, kv_blocks as usize)
             .map_err(refused("memory for the KV cache"))?;
@@ -205,6 +202,9 @@ fn plan_error(problem: String) -> DeviceError {
 
 /// Whether the target keeps to what this device can do, beyond what every sound manifest does.
 fn check_plan(target: &Target) -> Result<(), String> {
+    if target.layout != Layout::Panels {
+        return Err("its matrices do not lie in panels".to_owned());
+    }
     if !target.dtype.is_float() {
         return Err("its KV cache is of integers".to_owned());
     }
