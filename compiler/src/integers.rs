@@ -64,8 +64,8 @@ impl OwnFormat {
         OwnFormat {
             format: float,
             note: Some(format!(
-                "the checkpoint's {bits}-bit integers are stored as the {float} that they stand for: {problem}; \
-                 --weights int{bits} would round them again"
+                "the checkpoint's {bits}-bit integers are stored as the floating-point numbers that they stand \
+                 for: {problem}; --weights int{bits} would round them again"
             )),
         }
     }

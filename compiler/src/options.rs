@@ -203,9 +203,9 @@ impl CompileOptions {
         let weights = weights.unwrap_or(others);
         let lm_head = self.lm_head.unwrap_or(self.weights.map_or(others, as_head));
         for (flag, found) in [
+            ("weights", float(self.weights)),
+            ("lm-head", float(self.lm_head)),
             ("dtype", Some(dtype)),
-            ("weights", float(Some(weights))),
-            ("lm-head", float(Some(lm_head))),
         ] {
             if let Some(found) = found
                 && (!narrow(&found) || found != dtype)

@@ -144,6 +144,14 @@ fn what_is_known_of_a_matrix() {
     let codes = gptq.codes("a.weight").unwrap();
     assert_eq!(u32::from(codes.codes[5 * N + 3]), code(3, 5));
     assert_eq!(codes.zeros[N..], [1, 2, 3, 4, 5, 6, 7, 8]);
+    // One is taken from words, where 0 borrows from the next zero point.
+    let zeros = [8, 0, 8, 3, 0, 0, 5, 0];
+    let mut tensors = linear();
+    let borrowed = word(|at| zeros[at]).wrapping_sub(0x1111_1111);
+    tensors.get_mut("a.qzeros").unwrap().2 = words([borrowed, 0]);
+    let borrowing = open(&self::file(&tensors), &config("opt-125m", true)).unwrap();
+    let codes = borrowing.quantised().unwrap().codes("a.weight").unwrap();
+    assert_eq!(codes.zeros[..N], zeros.map(|zero| zero as u8));
     assert!(gptq.matrix("a.bias").is_none() && gptq.codes("a.bias").is_err());
 }
 
@@ -223,10 +231,10 @@ fn what_is_missing_or_does_not_fit_is_refused() {
         );
     }
     refused(
-        |tensors| tensors.get_mut("a.qzeros").unwrap().2[0] = 0xff,
-        "FILE: tensor \"a.qzeros\": found a zero point stored as 15; needed less than that in the format \
-         \"gptq\", which stores them less one and has no place for 0; quantise symmetrically, or save as \
-         \"gptq_v2\"",
+        |tensors| tensors.get_mut("a.qzeros").unwrap().2[3] = 0xff,
+        "FILE: tensor \"a.qzeros\": found zero points stored as 15 up to the end of a word; needed others in \
+         the format \"gptq\", some of whose writers lose what follows a zero point of 0; quantise \
+         symmetrically, or save as \"gptq_v2\"",
     );
 }
 

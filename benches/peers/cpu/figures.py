@@ -110,7 +110,7 @@ def markdown(records):
         for record in sorted(of_model, key=lambda record: ORDER.index(record["class"])):
             reads = [sample for one in record["rounds"] for sample in one["read_gb_per_s"]]
             bandwidth = "read bandwidth {:.1f} GB/s ({:.1f} to {:.1f})".format(*spread(reads)) if reads else "no round"
-            lines += ["", f"{record['class']}, {counted(record['rounds'])}, {bandwidth}{disturbance(record)}:", "", *table(rows(record))]
+            lines += ["", f"{record['class']}, commit {record['commit']}, {record['date']}: {counted(record['rounds'])}, {bandwidth}{disturbance(record)}.", "", *table(rows(record))]
     versions = dict.fromkeys(
         system["versions"] for record in records for system in record["systems"].values() if system.get("versions")
     )
@@ -134,7 +134,7 @@ def counted(rounds):
 def explanation(record):
     machine, lengths = record["machine"], record["lengths"]
     return [
-        f"{record['date']}, commit {record['commit']}. {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_gib']:.0f} GiB, Linux {machine['kernel']}; {record['threads']} threads. Random weights, greedy.",
         "",
         f"- decode: tokens/s of all sequences, {lengths['steps']} steps after prompts of {lengths['prompt']} tokens; "

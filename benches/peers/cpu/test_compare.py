@@ -88,7 +88,8 @@ class Table(unittest.TestCase):
     def test_markdown(self):
         other = record() | {"class": "f32", "rounds": [], "failed": {"kiln int8": "it went"}}
         text = figures.markdown([record(), other])
-        self.assertLess(text.index("f32, 0 rounds, no round"), text.index("int8, 2 rounds, read bandwidth 19.5 GB/s (10.0 to 29.0)"))
+        self.assertLess(text.index("f32, commit abc, 2026-11-22: 0 rounds, no round"), 
+            text.index("int8, commit abc, 2026-11-22: 2 rounds, read bandwidth 19.5 GB/s (10.0 to 29.0)"))
         self.assertIn("| ctranslate2 int8 |", text)
         self.assertIn("u8 \\| keys", text)
         self.assertIn("not measured: it went", text)

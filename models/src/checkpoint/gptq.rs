@@ -271,25 +271,32 @@ impl GptqCheckpoint {
         let name = format!("{}.qzeros", integers.name);
         let words = self.words(&name)?;
         let per_word = 32 / integers.bits as usize;
-        let highest = u8::MAX >> (8 - integers.bits);
-        let stored = words
-            .iter()
-            .flat_map(|&word| (0..per_word).map(move |at| field(word, at, integers.bits)));
+        let fields = |word| (0..per_word).map(move |at| field(word, at, integers.bits));
         if !self.config.zeros_less_one {
-            return Ok(stored.collect());
+            return Ok(words.into_iter().flat_map(fields).collect());
         }
-        stored
-            .map(|zero| match zero == highest {
-                false => Ok(zero + 1),
-                // Either 0 less one, which has spoilt its neighbours, or a zero point that no writer makes.
-                true => Err(self.bad(
+        let highest = u8::MAX >> (8 - integers.bits);
+        let one_each = u32::MAX / u32::from(highest);
+        let mut zeros = Vec::with_capacity(words.len() * per_word);
+        for word in words {
+            // Writers take one from whole words, so that 0 borrows from the next, or they store 0 less one
+            // over the rest of the word, which loses what was there.
+            let lost = fields(word)
+                .rev()
+                .take_while(|&zero| zero == highest)
+                .count()
+                > 1;
+            if lost {
+                return Err(self.bad(
                     &name,
-                    format!("a zero point stored as {highest}"),
-                    "less than that in the format \"gptq\", which stores them less one and has no place \
-                     for 0; quantise symmetrically, or save as \"gptq_v2\"",
-                )),
-            })
-            .collect()
+                    format!("zero points stored as {highest} up to the end of a word"),
+                    "others in the format \"gptq\", some of whose writers lose what follows a zero point of 0; \
+                     quantise symmetrically, or save as \"gptq_v2\"",
+                ));
+            }
+            zeros.extend(fields(word.wrapping_add(one_each)));
+        }
+        Ok(zeros)
     }
 
     fn words(&self, name: &str) -> Result<Vec<u32>, CheckpointError> {

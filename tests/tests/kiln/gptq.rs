@@ -90,7 +90,7 @@ fn a_checkpoint_keeps_its_own_format() {
         assert_eq!(notes.is_empty(), kept, "{notes:?}");
         if !kept {
             assert!(
-                notes[0].contains("desc_act") && notes[0].contains("f16"),
+                notes[0].contains("desc_act") && notes[0].contains("floating-point"),
                 "{notes:?}"
             );
         }
