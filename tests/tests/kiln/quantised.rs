@@ -194,7 +194,7 @@ fn what_has_no_use_is_refused_by_its_flag() {
                 "sm_80",
                 "--emit-only",
             ],
-            "--dtype is f32; a CUDA target takes f16 or bf16",
+            "--lm-head is f32; a CUDA target takes f16 or bf16",
         ),
         (
             &[
