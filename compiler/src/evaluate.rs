@@ -2,9 +2,9 @@
 //! in each of which the tokens are scored that no earlier one had.
 //!
 //! The graph is evaluated node by node, each for all windows at once, so that every weight is read,
-//! and rounded, once. Memory is bounded: each token is in two windows, three at a border, a row of activations is
-//! at most `8 * C + 2 * F` numbers of f32 with what a node reads and writes, and beside these a block of
-//! one matrix is held, and the logits of a block of the vocabulary.
+//! and rounded, once. Memory is bounded: each token is in two windows, three at a border, a row of
+//! activations is at most `8 * C + 2 * F` numbers of f32 with what a node reads and writes, and beside
+//! these a block of one matrix is held, and the logits of a block of the vocabulary.
 
 use crate::{
     CompileError, Progress, Stored,

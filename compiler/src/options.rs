@@ -185,9 +185,10 @@ impl CompileOptions {
                 lm_head,
                 others: self.weights.unwrap_or(float),
                 tables: match weights {
-                    WeightFormat::Int(_) => float.element(),
-                    float => float.element(),
-                },
+                    WeightFormat::Int(_) => float,
+                    stored => stored,
+                }
+                .element(),
             });
         }
         let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);

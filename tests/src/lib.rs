@@ -225,6 +225,16 @@ pub fn interrupt(child: &Child) {
     );
 }
 
+/// Standard output of a command that must have succeeded.
+///
+/// # Panics
+/// When it has failed, or its output is no text.
+pub fn success(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    String::from_utf8(output.stdout.clone()).expect("standard output is text")
+}
+
 /// Standard error of a failed command, after checking its exit code.
 ///
 /// # Panics

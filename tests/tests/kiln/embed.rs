@@ -1,7 +1,7 @@
 //! `kiln embed`: the vectors are those of the hidden states that `kiln generate` writes.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{Tensor, TestBundle, deviation, failure, fixture, program, tensors};
+use kiln_tests::{Tensor, TestBundle, deviation, failure, fixture, program, success, tensors};
 use serde_json::{Value, json};
 use std::{fs, process::Output, sync::OnceLock};
 
@@ -18,19 +18,12 @@ fn embed(flags: &[&str]) -> Output {
 
 /// Ids and vector of each line.
 fn vectors(flags: &[&str]) -> Vec<(Value, Vec<f32>)> {
-    let output = embed(flags);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
     let line = |line: &str| {
         let mut line: Value = serde_json::from_str(line).unwrap();
         let vector = serde_json::from_value(line["embedding"].take()).unwrap();
         (line["prompt_ids"].take(), vector)
     };
-    String::from_utf8(output.stdout)
-        .unwrap()
-        .lines()
-        .map(line)
-        .collect()
+    success(&embed(flags)).lines().map(line).collect()
 }
 
 /// Texts and ids of several lengths, more of them than run at a time.

@@ -1,7 +1,7 @@
 //! `kilnc compile --eval`: the perplexities that `kiln eval` finds, before there is a bundle.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, program, repository};
+use kiln_tests::{TestBundle, failure, fixture, program, repository, success};
 use serde_json::Value;
 use std::{fs, path::Path};
 use tempfile::TempDir;
@@ -13,14 +13,9 @@ const TOLERANCE: f64 = 1e-5;
 const LIMITS: [&str; 2] = ["--max-seq-len", "96"];
 
 fn output(program_name: &str, arguments: &[&str]) -> Value {
-    let output = program(program_name)
-        .args(arguments)
-        .arg("--json")
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
-    serde_json::from_slice(&output.stdout).unwrap()
+    let mut command = program(program_name);
+    let output = command.args(arguments).arg("--json").output().unwrap();
+    serde_json::from_str(&success(&output)).unwrap()
 }
 
 /// The text's perplexity by a bundle of the demo model.

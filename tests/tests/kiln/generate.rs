@@ -1,7 +1,7 @@
 //! `kiln generate` on the demo model: text in, text out, and requests that must be refused.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository, tensors};
+use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository, success, tensors};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -38,22 +38,13 @@ fn kiln_on(bundle: &TestBundle, flags: &[&str]) -> Output {
         .unwrap()
 }
 
-fn text(output: &Output) -> String {
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
 fn json_line(output: &Output) -> Value {
-    serde_json::from_str(&text(output)).unwrap()
+    serde_json::from_str(&success(output)).unwrap()
 }
 
 fn json_lines(output: &Output) -> Vec<Value> {
     let parse = |line| serde_json::from_str(line).unwrap();
-    text(output).lines().map(parse).collect()
+    success(output).lines().map(parse).collect()
 }
 
 /// Runs requests, a line each.
@@ -86,7 +77,7 @@ fn text_and_ids_are_those_of_transformers() {
         assert_eq!(found["choices"][0]["finish_reason"], "length");
         assert_eq!(found["usage"]["completion_tokens"], 64);
         // The plain form streams the same text.
-        let plain = text(&kiln(&[prompt, "--max-new-tokens", "64", "--ignore-eos"]));
+        let plain = success(&kiln(&[prompt, "--max-new-tokens", "64", "--ignore-eos"]));
         assert_eq!(
             plain.trim_end_matches('\n'),
             case["text"].as_str().unwrap().trim_end_matches('\n')
@@ -152,7 +143,7 @@ fn a_stop_string_ends_the_text_before_it() {
     assert_eq!(stopped["choices"][0]["text"], expected);
     assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
     assert_eq!(
-        text(&kiln(&flags)).trim_end_matches('\n'),
+        success(&kiln(&flags)).trim_end_matches('\n'),
         expected.trim_end_matches('\n')
     );
 }
@@ -185,7 +176,7 @@ fn a_stop_token_ends_the_sequence_after_it() {
 #[test]
 fn seeds_repeat_and_differ() {
     let sample = |seed: &str| {
-        text(&kiln(&[
+        success(&kiln(&[
             "JULIET:",
             "--max-new-tokens",
             "30",
@@ -379,7 +370,7 @@ fn a_search_by_flags_is_that_of_transformers() {
     let tokens: usize = tokens.map(|c| c["ids"].as_array().unwrap().len()).sum();
     assert_eq!(found["usage"]["completion_tokens"], tokens);
     // As text, a line each.
-    let lines = text(&kiln_on(tiny(), &flags));
+    let lines = success(&kiln_on(tiny(), &flags));
     let texts = found["choices"].as_array().unwrap().iter();
     let texts: Vec<&str> = texts.map(|c| c["text"].as_str().unwrap()).collect();
     assert_eq!(lines, format!("{}\n{}\n", texts[0], texts[1]));
@@ -417,7 +408,7 @@ fn several_samples_are_a_line_each() {
     assert_eq!(texts.len(), 3);
     assert!(texts.iter().all(|text| text.starts_with("JULIET:")));
     assert!(texts[0] != texts[1] && texts[1] != texts[2]);
-    assert_eq!(text(&kiln(&several)), format!("{}\n", texts.join("\n")));
+    assert_eq!(success(&kiln(&several)), format!("{}\n", texts.join("\n")));
 }
 
 #[test]
@@ -463,7 +454,7 @@ fn hidden_states_of_chosen_layers() {
             "--ignore-eos",
         ];
         let output = ["--output-hidden-states", &file];
-        text(&kiln_on(tiny(), &[&flags[..], &output, more].concat()));
+        success(&kiln_on(tiny(), &[&flags[..], &output, more].concat()));
         tensors(&path).remove("hidden.0").unwrap()
     };
     let all = run("hidden-all", &[]);
@@ -690,9 +681,9 @@ fn a_prompt_may_come_from_standard_input() {
         .spawn()
         .unwrap();
     child.stdin.take().unwrap().write_all(b"ROMEO:").unwrap();
-    let piped = text(&child.wait_with_output().unwrap());
+    let piped = success(&child.wait_with_output().unwrap());
     assert_eq!(
         piped,
-        text(&kiln(&["ROMEO:", "--max-new-tokens", "8", "--ignore-eos"]))
+        success(&kiln(&["ROMEO:", "--max-new-tokens", "8", "--ignore-eos"]))
     );
 }

@@ -4,7 +4,7 @@ use kiln_bundle::{Bundle, IntFormat, WeightFormat, packing::PANEL};
 use kiln_compiler::{
     CompileOptions, Compiled, Model, Silent, TargetChoice, compile, cuda::CudaTarget,
 };
-use kiln_tests::{TestBundle, deviation, failure, fixture, program, tensors};
+use kiln_tests::{TestBundle, deviation, failure, fixture, program, success, tensors};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::{fs, path::Path};
@@ -228,24 +228,14 @@ fn bundles_verify_and_evaluate() {
             .arg(&bundle)
             .output()
             .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let report: Value = serde_json::from_str(&success(&output)).unwrap();
         let [before, after] = ["perplexity_before", "perplexity_after"]
             .map(|field| report["eval"][field].as_f64().unwrap());
         assert!(
             (after / before - 1.0).abs() < 0.01,
             "{model}: {after} for {before}"
         );
-        let output = program("kiln").arg("verify").arg(&bundle).output().unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        success(&program("kiln").arg("verify").arg(&bundle).output().unwrap());
     }
 }
 

@@ -1,7 +1,7 @@
 //! The other commands of both programs.
 
 use kiln_compiler::CompileOptions;
-use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository};
+use kiln_tests::{TestBundle, failure, fixture, interrupt, program, repository, success};
 use serde_json::Value;
 use std::{fs, path::Path, process::Output};
 
@@ -14,12 +14,7 @@ fn run(name: &str, arguments: &[&str]) -> Output {
 }
 
 fn json(output: &Output) -> Value {
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    serde_json::from_slice(&output.stdout).unwrap()
+    serde_json::from_str(&success(output)).unwrap()
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use kiln_bundle::{Bundle, KernelSpec};
 use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
-use kiln_tests::{TestBundle, failure, fixture, program, repository};
+use kiln_tests::{TestBundle, failure, fixture, program, repository, success};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -29,9 +29,7 @@ fn json(arguments: &[&str], bundle: &TestBundle) -> Value {
         .arg("--json")
         .output()
         .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
-    serde_json::from_slice(&output.stdout).unwrap()
+    serde_json::from_str(&success(&output)).unwrap()
 }
 
 fn perplexity(bundle: &TestBundle) -> f64 {
