@@ -1,1 +1,6 @@
-//! Benchmarks of kiln.
+//! `kiln-perf`: where the time of a step goes, kernel by kernel, and what is left to the limit.
+//!
+//! [`table`] is what the commands share: one makes it, the others read it.
+
+pub mod cli;
+pub mod table;

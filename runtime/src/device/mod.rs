@@ -27,6 +27,7 @@ use cuda::{DriverError, NvidiaGpu};
 use kiln_bundle::{BundleError, Executable};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Runs the executables of one target of a bundle.
 pub trait Device: Send {
@@ -132,10 +133,12 @@ pub struct Observe {
     pub logits: bool,
     /// Every row of the L+1 hidden states.
     pub hidden_states: bool,
+    /// How long each kernel takes, where the device can tell.
+    pub kernel_times: bool,
 }
 
 impl Observe {
-    /// Whether there is anything.
+    /// Whether there are any values.
     pub fn is_any(self) -> bool {
         self.logits || self.hidden_states
     }
@@ -348,6 +351,17 @@ pub struct StepOutput {
     pub logits: Vec<f32>,
     /// (L+1, T, C), where observed.
     pub hidden_states: Vec<f32>,
+    /// One for each kernel of the program, in its order, where observed and known.
+    pub kernel_times: Vec<KernelTime>,
+}
+
+/// When a kernel ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KernelTime {
+    /// From the beginning of the step on the device.
+    pub start: Duration,
+    /// How long it took.
+    pub length: Duration,
 }
 
 /// Why a device cannot be loaded or a step not run.

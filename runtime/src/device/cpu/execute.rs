@@ -5,7 +5,7 @@ use crate::cpu::{
     self, Activation, Attention, Embedding, PackedMatrix, PositionTable, Rows, RowsMut,
     Sequence as Ragged, Storage, StorageError,
 };
-use crate::device::{DeviceError, SequenceStep, Step, StepOutput, Tokens};
+use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, Tokens};
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
@@ -14,6 +14,7 @@ use kiln_bundle::{
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::time::Instant;
 
 /// A step's lists in the form that kernels take.
 #[derive(Debug, Default)]
@@ -282,6 +283,7 @@ impl CpuDevice {
             logit_rows: self.batch.rows(RowKind::Logits),
         };
         let arena: &mut [f32] = bytemuck::cast_slice_mut(&mut self.arena);
+        let mut clock = Clock::new(step.observe.kernel_times);
         let mut hidden_states = Vec::new();
         if step.observe.hidden_states {
             let hidden_size = self.manifest.model.hidden_size as usize;
@@ -299,7 +301,7 @@ impl CpuDevice {
                 batch: &mut self.batch,
                 sequences: &sequences,
             };
-            machine.run(kernel, &layout, arena)?;
+            clock.time(|| machine.run(kernel, &layout, arena))?;
             if hidden_states.is_empty() {
                 continue;
             }
@@ -323,18 +325,62 @@ impl CpuDevice {
             hidden_states,
             ..StepOutput::default()
         };
-        sample(
-            step,
-            arena[layout.range(program.logits)].chunks_exact(layout.width(program.logits)),
-            &mut self.sampler,
-            &mut self.last_sampled,
-            &mut output,
-        );
+        let rows = &arena[layout.range(program.logits)];
+        clock.time(|| {
+            sample(
+                step,
+                rows.chunks_exact(layout.width(program.logits)),
+                &mut self.sampler,
+                &mut self.last_sampled,
+                &mut output,
+            );
+        });
+        output.kernel_times = clock.times(&program.kernels);
         if step.observe.logits {
             let logits = &arena[layout.range(program.logits)];
             output.logits.extend_from_slice(logits);
         }
         Ok(output)
+    }
+}
+
+/// Notes when kernels run, where that is to be seen.
+struct Clock {
+    began: Option<Instant>,
+    times: Vec<KernelTime>,
+}
+
+impl Clock {
+    fn new(wanted: bool) -> Clock {
+        Clock {
+            began: wanted.then(Instant::now),
+            times: Vec::new(),
+        }
+    }
+
+    fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let Some(began) = self.began else {
+            return work();
+        };
+        let start = began.elapsed();
+        let result = work();
+        self.times.push(KernelTime {
+            start,
+            length: began.elapsed() - start,
+        });
+        result
+    }
+
+    /// Of each kernel, when the draws have been timed last: they are what [`KernelSpec::Sample`] stands for.
+    fn times(mut self, kernels: &[KernelSpec]) -> Vec<KernelTime> {
+        if let Some(draws) = self.times.pop() {
+            let sample = |kernel: &KernelSpec| matches!(kernel, KernelSpec::Sample { .. });
+            let times = kernels.iter().zip(&mut self.times);
+            times
+                .filter(|(kernel, _)| sample(kernel))
+                .for_each(|(_, time)| *time = draws);
+        }
+        self.times
     }
 }
 

@@ -513,7 +513,7 @@ fn what_kernels_do_not_choose_the_host_does() {
     rig.driver.calls();
     let observed = Observe {
         logits: true,
-        hidden_states: false,
+        ..Observe::default()
     };
     for (observe, downloads) in [(Observe::default(), 2), (observed, 2)] {
         step.observe = observe;
