@@ -248,8 +248,7 @@ impl<C: Codes> Matrix for Integers<'_, C> {
     }
 
     fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        let values: &mut [u32] = bytemuck::cast_slice_mut(tile.values);
-        let mut values = values.chunks_exact_mut(tile.rows);
+        let mut values: &mut [u32] = bytemuck::cast_slice_mut(tile.values);
         let mut runs = tile.runs.chunks_exact_mut(2 * tile.rows);
         for run in row.chunks(self.group).flat_map(|group| group.chunks(RUN)) {
             let mut integers = [0.0; RUN];
@@ -258,15 +257,16 @@ impl<C: Codes> Matrix for Integers<'_, C> {
                 runs[2 * r..][..2].copy_from_slice(&numbers);
             }
             // What fills up the last word is zero.
-            for word in integers[..run.len().next_multiple_of(C::INPUTS)].chunks_exact(C::INPUTS) {
-                let (low, high) = word.split_at(C::PAIRS);
-                for (low, high) in low.iter().zip(high) {
-                    let half = |x: f32| u32::from((x as i16).cast_unsigned());
-                    if let Some(values) = values.next() {
-                        values[r] = half(*low) | half(*high) << 16;
-                    }
+            let words = integers[..run.len().next_multiple_of(C::INPUTS)].chunks_exact(C::INPUTS);
+            let (these, rest) = values.split_at_mut(words.len() * C::PAIRS * tile.rows);
+            for (word, pairs) in words.zip(these.chunks_exact_mut(C::PAIRS * tile.rows)) {
+                // The last 16 bits of this sum are the integer's, whatever its sign.
+                let half = |i: usize| (word[i] + 12_582_912.0).to_bits() & 0xffff;
+                for p in 0..C::PAIRS {
+                    pairs[p * tile.rows + r] = half(p) | half(C::PAIRS + p) << 16;
                 }
             }
+            values = rest;
         }
     }
 
