@@ -65,6 +65,9 @@ struct DeviceArgs {
     /// must allow as much
     #[arg(long)]
     mlock: bool,
+    /// Keep each thread of the CPU device on a core of its own; for machines that do nothing else
+    #[arg(long)]
+    pin: bool,
     /// Launches a GPU's kernels one by one: slower than replaying recorded graphs, with the same
     /// results
     #[arg(long)]
@@ -143,6 +146,7 @@ fn load(path: &Path, args: &DeviceArgs) -> anyhow::Result<Loaded> {
             threads: args.threads.map(usize::from),
             kv_cache_bytes,
             lock_weights: args.mlock,
+            pin_threads: args.pin,
         },
         cuda: CudaOptions {
             kv_cache_bytes,

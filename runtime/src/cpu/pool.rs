@@ -68,6 +68,29 @@ impl ThreadPool {
         ThreadPool::new(physical_cores().len())
     }
 
+    /// Keeps every thread, the caller included, on a physical core of its own from now on. What else
+    /// runs on these cores is not kept away: it pays where nothing does.
+    ///
+    /// # Errors
+    /// When there are more threads than cores, or the system refuses.
+    pub fn pin(&self) -> io::Result<()> {
+        let cores = physical_cores();
+        if self.threads() > cores.len() {
+            let problem = format!("cores for them: {}", cores.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+        let refused = Mutex::new(None);
+        self.run(|thread| {
+            if let Err(error) = affinity::pin(cores[thread]) {
+                *refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+        });
+        let refused = refused.into_inner();
+        refused
+            .unwrap_or_else(PoisonError::into_inner)
+            .map_or(Ok(()), Err)
+    }
+
     /// Number of threads, the caller included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
@@ -291,6 +314,21 @@ mod affinity {
             .collect()
     }
 
+    /// Keeps this thread on one CPU.
+    pub(super) fn pin(cpu: usize) -> std::io::Result<()> {
+        let mut set = empty();
+        if cpu >= 8 * size_of::<libc::cpu_set_t>() {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: `cpu` is below the number of bits in the set.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+        // SAFETY: the kernel reads at most the size given from `set`.
+        match unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
     fn empty() -> libc::cpu_set_t {
         // SAFETY: a bit set, for which all zeros means no CPU.
         unsafe { std::mem::zeroed() }
@@ -302,6 +340,10 @@ mod affinity {
 
     pub(super) fn allowed() -> Vec<usize> {
         (0..std::thread::available_parallelism().map_or(1, |n| n.get())).collect()
+    }
+
+    pub(super) fn pin(_: usize) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
     }
 }
 
@@ -321,6 +363,26 @@ mod tests {
                 assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pinned_threads_have_a_core_each() {
+        // In a thread of its own, which the other tests do not run on.
+        let test = thread::spawn(|| {
+            let cores = physical_cores();
+            let pool = ThreadPool::new(cores.len()).unwrap();
+            pool.pin().unwrap();
+            let found = Mutex::new(vec![Vec::new(); cores.len()]);
+            pool.run(|thread| found.lock().unwrap()[thread] = affinity::allowed());
+            let expected: Vec<_> = cores.iter().map(|&core| vec![core]).collect();
+            assert_eq!(found.into_inner().unwrap(), expected);
+
+            // This thread has one core now.
+            let crowded = ThreadPool::new(2).unwrap().pin().unwrap_err();
+            assert_eq!(crowded.to_string(), "cores for them: 1");
+        });
+        test.join().unwrap();
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct CpuOptions {
     pub kv_cache_bytes: Option<u64>,
     /// Keep the weights from being paged out.
     pub lock_weights: bool,
+    /// Keep each thread on a core of its own, the one that loads the device included.
+    pub pin_threads: bool,
 }
 
 /// See the module.
@@ -101,6 +103,10 @@ impl CpuDevice {
             let what = what.to_owned();
             move |source: io::Error| DeviceError::Refused { what, source }
         };
+        if options.pin_threads {
+            let what = format!("to pin {threads} threads to cores of their own");
+            cpu.pool().pin().map_err(refused(&what))?;
+        }
         if options.lock_weights {
             let what = "to lock the weights in memory (`ulimit -l` is the most it allows)";
             weights.lock().map_err(refused(what))?;
