@@ -1,9 +1,10 @@
 //! Where the host's time goes in a decode step.
 //!
 //! The engine records what runs when; a step's spans are summed by part. Runs that record take turns with
-//! runs that do not, so that what recording costs is known too.
+//! runs that do not, so that what recording costs is known too. Figures are means over the middle half of
+//! the steps by length: outliers do not move them, and unlike medians those of the parts sum to the
+//! step's.
 
-use crate::table::Times;
 use anyhow::ensure;
 use kiln_bundle::trace::{Arg, Span, Trace};
 use kiln_bundle::{Manifest, Phase};
@@ -12,7 +13,7 @@ use serde::Serialize;
 use std::time::{Duration, Instant};
 
 /// Runs of each kind.
-const RUNS: u32 = 3;
+const RUNS: u32 = 5;
 /// The span of what the caller does with a step's events.
 const STREAM: &str = "stream";
 
@@ -27,7 +28,7 @@ pub struct Workload {
     pub gen_len: u32,
 }
 
-/// Medians over the decode steps of the whole batch, in microseconds.
+/// Of the decode steps of the whole batch, in microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Overhead {
     /// Such as `opt-125m`.
@@ -37,9 +38,9 @@ pub struct Overhead {
     /// What was run.
     #[serde(flatten)]
     pub workload: Workload,
-    /// Steps recorded.
+    /// Steps recorded, half of which count.
     pub steps: usize,
-    /// Their sum is `step_us`.
+    /// They sum to `step_us`.
     pub parts: Vec<PartTime>,
     /// From one call of the engine to the next.
     pub step_us: f64,
@@ -85,15 +86,17 @@ pub fn measure(
         "no decode step had all {} sequences: the KV cache has no room for them at once",
         workload.batch
     );
-    let step_us = median(recorded.iter().map(|step| step.length));
+    let steps = recorded.len();
+    let recorded = middle_half(recorded, |step| step.length);
+    let bare = middle_half(bare, |&length| length);
     Ok(Overhead {
         model: manifest.model.name.clone(),
         device: engine.facts().name.clone(),
         workload,
-        steps: recorded.len(),
-        parts: parts(&recorded, step_us),
-        step_us,
-        unrecorded_step_us: median(bare.into_iter()),
+        steps,
+        parts: parts(&recorded),
+        step_us: mean_us(&recorded, |step| step.length),
+        unrecorded_step_us: mean_us(&bare, |&length| length),
     })
 }
 
@@ -205,7 +208,7 @@ impl Step {
 /// What parts are called, what they do, and what they take of a step.
 type PartOf = (&'static str, &'static str, fn(&Step) -> Duration);
 
-const PARTS: [PartOf; 8] = [
+const PARTS: [PartOf; 9] = [
     (
         "schedule",
         "choosing sequences and executable, block tables, filling the step",
@@ -228,28 +231,43 @@ const PARTS: [PartOf; 8] = [
     ("stream", "handing text on, here into memory", |step| {
         step.stream
     }),
+    ("rest", "between the parts, recording among it", |step| {
+        let known = [
+            step.schedule,
+            step.submit,
+            step.collect,
+            step.take,
+            step.stream,
+        ];
+        step.length.saturating_sub(known.iter().sum())
+    }),
 ];
 
-/// Medians of the parts; what they leave of the median step is the rest.
-fn parts(steps: &[Step], step_us: f64) -> Vec<PartTime> {
-    let time = |name, what, us: f64| PartTime {
-        name,
-        what,
-        us,
-        share: us / step_us,
+fn parts(steps: &[Step]) -> Vec<PartTime> {
+    let step_us = mean_us(steps, |step| step.length);
+    let part = |(name, what, of)| {
+        let us = mean_us(steps, of);
+        PartTime {
+            name,
+            what,
+            us,
+            share: us / step_us,
+        }
     };
-    let mut parts: Vec<PartTime> = PARTS
-        .into_iter()
-        .map(|(name, what, of)| time(name, what, median(steps.iter().map(of))))
-        .collect();
-    let known: f64 = parts.iter().map(|part| part.us).sum();
-    let what = "between the parts, recording among it";
-    parts.push(time("rest", what, step_us - known));
-    parts
+    PARTS.into_iter().map(part).collect()
 }
 
-fn median(times: impl Iterator<Item = Duration>) -> f64 {
-    Times::of(times.map(|time| time.as_secs_f64() * 1e6).collect()).median_us
+/// Without the shortest and the longest quarter.
+fn middle_half<T>(mut items: Vec<T>, length: impl Fn(&T) -> Duration) -> Vec<T> {
+    items.sort_by_key(length);
+    let quarter = items.len() / 4;
+    items.truncate(items.len() - quarter);
+    items.split_off(quarter)
+}
+
+fn mean_us<T>(items: &[T], of: impl Fn(&T) -> Duration) -> f64 {
+    let sum: Duration = items.iter().map(of).sum();
+    sum.as_secs_f64() * 1e6 / items.len() as f64
 }
 
 #[cfg(test)]
@@ -291,8 +309,7 @@ mod tests {
     fn a_step_is_the_sum_of_its_parts() {
         let steps = steps(trace(&[(Phase::Decode, 2); 3]), 2);
         assert_eq!(steps.len(), 3);
-        let step_us = median(steps.iter().map(|step| step.length));
-        let parts = parts(&steps, step_us);
+        let parts = parts(&steps);
         let found: Vec<(&str, f64)> = parts
             .iter()
             .map(|part| (part.name, (part.us * 1e3).round() / 1e3))
@@ -325,5 +342,14 @@ mod tests {
         assert_eq!(steps.len(), 1);
         // Nothing of the steps before it is counted.
         assert_eq!(steps[0].kernels, Duration::from_micros(40));
+    }
+
+    #[test]
+    fn outliers_do_not_count() {
+        let lengths = [9000, 3, 4, 0, 6, 5, 1, 7].map(Duration::from_micros);
+        let middle = middle_half(lengths.to_vec(), |&length| length);
+        assert_eq!(mean_us(&middle, |&length| length), 4.5);
+        let one = middle_half(vec![Duration::from_micros(2)], |&length| length);
+        assert_eq!(mean_us(&one, |&length| length), 2.0);
     }
 }

@@ -80,7 +80,7 @@ fn table(overhead: &Overhead) -> Table {
         "us".to_owned(),
         "share".to_owned(),
         format!(
-            "{} on {}, {batch} x ({prompt_len} prompt + {gen_len} new tokens), median of {} steps",
+            "{} on {}, {batch} x ({prompt_len} prompt + {gen_len} new tokens), middle half of {} steps",
             overhead.model, overhead.device, overhead.steps
         ),
     ]);

@@ -22,7 +22,8 @@ pub struct Trace {
     left_out: u64,
 }
 
-/// Names a track of a trace: what runs on one does not overlap, but for spans inside of others.
+/// Names a track of a trace: what runs on one does not overlap, but for spans inside of others. They count
+/// from 1, for viewers take thread 0 for an idle one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Track(u32);
@@ -125,10 +126,10 @@ impl Trace {
             self.tracks.push(name.to_owned());
             self.tracks.len() - 1
         });
-        Track(index as u32)
+        Track(index as u32 + 1)
     }
 
-    /// Adds a span. What started before the trace began starts with it.
+    /// Adds a span. Of what started before the trace began, the rest.
     pub fn add(
         &mut self,
         track: Track,
@@ -140,11 +141,13 @@ impl Trace {
             self.left_out += 1;
             return;
         }
+        let since = |time: Instant| time.saturating_duration_since(self.began);
+        let (start, end) = (since(start), since(start + length));
         self.spans.push(Span {
             track,
             label: label.into(),
-            start: start.saturating_duration_since(self.began),
-            length,
+            start,
+            length: end - start,
         });
     }
 
@@ -173,12 +176,11 @@ impl Trace {
         // Of spans that start together, the outer ones come first.
         let mut sorted: Vec<&Span> = self.spans.iter().collect();
         sorted.sort_by_key(|span| (span.start, std::cmp::Reverse(span.length)));
-        for (index, name) in (0..).zip(&self.tracks) {
-            let (name, order) = (Arg::Text(name.clone()), Arg::Number(index));
-            let track = Track(index as u32);
-            write(&Event::metadata("thread_name", track, &[("name", name)]))?;
-            let order = [("sort_index", order)];
-            write(&Event::metadata("thread_sort_index", track, &order))?;
+        for (index, name) in (1..).zip(&self.tracks) {
+            let name = [("name", Arg::Text(name.clone()))];
+            let order = [("sort_index", Arg::Number(index.into()))];
+            write(&Event::metadata("thread_name", Track(index), &name))?;
+            write(&Event::metadata("thread_sort_index", Track(index), &order))?;
         }
         for span in &sorted {
             write(&Event {
@@ -202,7 +204,7 @@ impl Trace {
                 ph: "i",
                 ts: end.map(microseconds),
                 s: Some("g"),
-                ..Event::metadata(&note, Track(0), &[])
+                ..Event::metadata(&note, Track(1), &[])
             })?;
         }
         to.write_all(b"\n]}\n")
@@ -345,14 +347,14 @@ mod tests {
         trace.add(host, outer, began + us(5), Duration::from_nanos(2500));
         trace.add(device, inner, began, us(7));
         let expected = json!({"traceEvents": [
-            {"ph": "M", "name": "thread_name", "pid": 1, "tid": 0, "args": {"name": "host"}},
-            {"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": 0, "args": {"sort_index": 0}},
-            {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "device"}},
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "host"}},
             {"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": 1, "args": {"sort_index": 1}},
-            {"ph": "X", "name": "inner", "ts": 0.0, "dur": 7.0, "pid": 1, "tid": 1, "args": {}},
-            {"ph": "X", "name": "outer", "ts": 5.0, "dur": 2.5, "pid": 1, "tid": 0,
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": 2, "args": {"name": "device"}},
+            {"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": 2, "args": {"sort_index": 2}},
+            {"ph": "X", "name": "inner", "ts": 0.0, "dur": 7.0, "pid": 1, "tid": 2, "args": {}},
+            {"ph": "X", "name": "outer", "ts": 5.0, "dur": 2.5, "pid": 1, "tid": 1,
              "args": {"phase": "decode", "tokens": 3}},
-            {"ph": "X", "name": "inner", "ts": 5.0, "dur": 1.0, "pid": 1, "tid": 0, "args": {}},
+            {"ph": "X", "name": "inner", "ts": 5.0, "dur": 1.0, "pid": 1, "tid": 1, "args": {}},
         ]});
         assert_eq!(written(&trace), expected);
         assert_eq!(written(&Trace::new()), json!({"traceEvents": []}));
@@ -383,11 +385,14 @@ mod tests {
     #[test]
     fn what_came_before_starts_with_the_trace() {
         let before = Instant::now();
-        std::thread::sleep(us(10));
         let mut trace = Trace::new();
+        trace.began = before + us(10);
         let track = trace.track("host");
-        trace.add(track, Label::new("early"), before, us(3));
-        assert_eq!(trace.spans()[0].start, Duration::ZERO);
+        for (length, left) in [(3, 0), (14, 4)] {
+            trace.add(track, Label::new("early"), before, us(length));
+            let span = trace.spans().last().unwrap();
+            assert_eq!((span.start, span.length), (us(0), us(left)));
+        }
     }
 
     #[test]

@@ -307,20 +307,19 @@ fn a_trace_of_compiling_has_stages_and_what_runs_in_them() {
 
 #[test]
 fn parts_of_the_overhead_sum_to_the_step() {
-    let overhead = |flags: &[&str]| {
+    let overhead = |batch: &str, gen_len: &str, flags: &[&str]| {
         let mut command = program("kiln-perf");
         command.arg("overhead").arg(demo().path());
-        command.args(["--prompt-len", "9", "--gen-len", "12"]);
+        command.args(["--batch", batch, "--prompt-len", "9", "--gen-len", gen_len]);
         command.args(flags).output().unwrap()
     };
-    let found: Value =
-        serde_json::from_str(&success(&overhead(&["--batch", "3", "--json"]))).unwrap();
+    let found: Value = serde_json::from_str(&success(&overhead("3", "12", &["--json"]))).unwrap();
     assert_eq!(
         (&found["batch"], &found["gen_len"]),
         (&json!(3), &json!(12))
     );
-    // Three runs, whose first token is that of the prefill.
-    assert_eq!(found["steps"], 33);
+    // Five runs, whose first token is that of the prefill.
+    assert_eq!(found["steps"], 55);
     let of = |value: &Value| value.as_f64().unwrap();
     let step = of(&found["step_us"]);
     assert!(of(&found["unrecorded_step_us"]) > 0.0);
@@ -333,7 +332,7 @@ fn parts_of_the_overhead_sum_to_the_step() {
         assert!(us > 0.0 || name == "rest", "{found}");
     }
 
-    let table = success(&overhead(&[]));
+    let table = success(&overhead("1", "12", &[]));
     for line in [
         "schedule",
         "detokenise",
@@ -345,12 +344,12 @@ fn parts_of_the_overhead_sum_to_the_step() {
         let has = |text: &str| text.trim_start().starts_with(line);
         assert!(table.lines().any(has), "no {line} in\n{table}");
     }
-    let message = failure(&overhead(&["--batch", "1000"]), 1);
+    let message = failure(&overhead("1000", "12", &[]), 1);
     assert!(
         message.contains("--batch is 1000; this bundle runs 16 at a time"),
         "{message}"
     );
-    failure(&overhead(&["--gen-len", "1"]), 2);
-    let message = failure(&overhead(&["--gen-len", "100000"]), 1);
+    failure(&overhead("1", "1", &[]), 2);
+    let message = failure(&overhead("1", "100000", &[]), 1);
     assert!(message.contains("max_new_tokens"), "{message}");
 }
