@@ -3,4 +3,5 @@
 //! [`table`] is what the commands share: one makes it, the others read it.
 
 pub mod cli;
+pub mod overhead;
 pub mod table;

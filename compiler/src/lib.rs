@@ -41,10 +41,10 @@ pub use specialise::{SpecialiseError, specialise};
 pub use stored::{Calibrated, Stored};
 pub use tokenizer::TokenizerError;
 
-use kiln_bundle::WriteError;
+use kiln_bundle::{WriteError, trace::Label};
 use kiln_ir::VerifyError;
 use kiln_models::WeightError;
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Instant};
 
 impl From<cuda::BuildError> for CompileError {
     fn from(error: cuda::BuildError) -> CompileError {
@@ -67,6 +67,8 @@ pub trait Progress: Sync {
     fn stage(&self, name: &'static str);
     /// Bytes of the stage done, of its total.
     fn advance(&self, done_bytes: u64, total_bytes: u64);
+    /// Work of the stage that began then ends, both on the calling thread.
+    fn worked(&self, _what: Label, _began: Instant) {}
     /// Whether the compilation is to end, with nothing left behind.
     fn cancelled(&self) -> bool {
         false

@@ -2,12 +2,15 @@
 
 use kiln_bundle::{
     BundleWriter, DType, Manifest, ManifestError, Target, TensorDecl, WeightRole, WriteError,
-    packing::Layout,
+    packing::Layout, trace::Label,
 };
 use kiln_ir::{Graph, WeightId};
 use kiln_models::WeightError;
 use rayon::prelude::*;
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Instant,
+};
 
 use crate::{Progress, Stored};
 
@@ -94,6 +97,7 @@ pub fn pack_weights(
     writer.add_tensors(&target.weights_file, &tensors, |tensor, sink| {
         let id = ids[tensor.name.as_str()];
         let blocks = blocks(graph, id, target.layout);
+        let began = Instant::now();
         // A few blocks at once, written in order.
         for wave in blocks.chunks(2 * rayon::current_num_threads()) {
             if progress.cancelled() {
@@ -122,6 +126,8 @@ pub fn pack_weights(
                 progress.advance(done, total);
             }
         }
+        let bytes = usize::try_from(tensor.bytes()).unwrap_or(usize::MAX);
+        progress.worked(Label::new(tensor.name.clone()).with("bytes", bytes), began);
         Ok(())
     })
 }

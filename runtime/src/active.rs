@@ -294,22 +294,22 @@ impl Active {
         self.first_token.get_or_insert_with(Instant::now);
     }
 
-    /// Takes a token of a sequence, and the row (V) that it was chosen from, where observed. Returns the
-    /// text that is certain now.
-    pub(crate) fn take_token(
-        &mut self,
-        index: u32,
-        token: u32,
-        row: Option<&[f32]>,
-        tokenizer: Option<&Tokenizer>,
-    ) -> Result<String, TokenizerError> {
+    /// The sample of this index; a search over beams has none.
+    fn sample(&mut self, index: u32) -> Option<&mut Sample> {
+        match &mut self.run {
+            Run::Samples(samples) => samples.get_mut(index as usize),
+            Run::Beams(_) => None,
+        }
+    }
+
+    /// Takes a token of a sequence, and the row (V) that it was chosen from, where observed.
+    pub(crate) fn take_token(&mut self, index: u32, token: u32, row: Option<&[f32]>) {
         self.has_token();
         let top = self.request.top_logprobs();
-        let Run::Samples(samples) = &mut self.run else {
-            return Ok(String::new());
-        };
-        let Some(sample) = samples.get_mut(index as usize) else {
-            return Ok(String::new());
+        let is_end = self.ends.contains(&token);
+        let max_new_tokens = self.max_new_tokens;
+        let Some(sample) = self.sample(index) else {
+            return;
         };
         if let (Some(top), Some(row)) = (top, row) {
             sample
@@ -317,26 +317,35 @@ impl Active {
                 .push(TokenLogprob::new(row, token, top as usize));
         }
         sample.ids.push(token);
-        if self.ends.contains(&token) {
+        if is_end {
             sample.finish_reason = Some(FinishReason::Stop);
-        } else if sample.ids.len() >= self.max_new_tokens {
+        } else if sample.ids.len() >= max_new_tokens {
             sample.finish_reason = Some(FinishReason::Length);
         }
-        let mut text = String::new();
-        if let Some(tokenizer) = tokenizer {
-            let TextDelta {
-                text: fresh,
-                mut stopped,
-            } = sample.stream.push(tokenizer, token)?;
-            text = fresh;
-            if sample.finish_reason.is_some() && !stopped {
-                let rest = sample.stream.finish(tokenizer)?;
-                text += &rest.text;
-                stopped = rest.stopped;
-            }
-            if stopped {
-                sample.finish_reason = Some(FinishReason::Stop);
-            }
+    }
+
+    /// Makes text of the token just taken, where there is a tokenizer: a stop string may end the sequence.
+    /// Returns what is certain now.
+    pub(crate) fn take_text(
+        &mut self,
+        index: u32,
+        token: u32,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<String, TokenizerError> {
+        let (Some(sample), Some(tokenizer)) = (self.sample(index), tokenizer) else {
+            return Ok(String::new());
+        };
+        let TextDelta {
+            mut text,
+            mut stopped,
+        } = sample.stream.push(tokenizer, token)?;
+        if sample.finish_reason.is_some() && !stopped {
+            let rest = sample.stream.finish(tokenizer)?;
+            text += &rest.text;
+            stopped = rest.stopped;
+        }
+        if stopped {
+            sample.finish_reason = Some(FinishReason::Stop);
         }
         sample.text += &text;
         Ok(text)

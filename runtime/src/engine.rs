@@ -11,13 +11,16 @@ use crate::completion::{Completion, RequestId, TokenEvent};
 use crate::device::{
     self, Device, DeviceError, DeviceFacts, LoadOptions, Step, StepId, StepOutput,
 };
+use crate::record::{Recorder, StepPart};
 use crate::request::{Request, RequestError, Room};
 use crate::sampling::{Continuation, Rules, Sampler, Suppression, Taken, TokenLogprob};
 use crate::scheduler::{NewSequence, Pick, Plan, Planned, Scheduler, SequenceId};
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use kiln_bundle::trace::Trace;
 use kiln_bundle::{Bundle, Executable, Manifest, ModelInfo, Phase};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -134,10 +137,12 @@ pub struct Engine {
     seeds: RandomState,
     stats: Stats,
     last_collected: Option<Instant>,
+    recorder: Recorder,
 }
 
 struct InFlight {
     id: StepId,
+    executable: usize,
     plan: Plan,
     submitted: Instant,
 }
@@ -198,7 +203,27 @@ impl Engine {
             seeds: RandomState::new(),
             stats: Stats::default(),
             last_collected: None,
+            recorder: Recorder::default(),
         })
+    }
+
+    /// Records what runs when, into a trace, until [`Engine::take_trace`]. `manifest` is that of the
+    /// engine's bundle. Without it nothing is recorded, and no step does more for it than look.
+    pub fn record(&mut self, trace: Trace, manifest: &Manifest) {
+        let target = &self.device.facts().target;
+        let executables = self.device.executables();
+        self.recorder.start(trace, executables, target, manifest);
+    }
+
+    /// Adds to the trace, where there is one, what the caller did from `began` on: a span between
+    /// steps.
+    pub fn note(&mut self, name: &'static str, began: Instant) {
+        self.recorder.note(name, began);
+    }
+
+    /// Ends the recording.
+    pub fn take_trace(&mut self) -> Option<Trace> {
+        self.recorder.finish()
     }
 
     /// What the device offers.
@@ -314,10 +339,15 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Device`] and [`EngineError::Tokenizer`]; the engine is of no use after it.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let began = self.recorder.now();
         while self.in_flight.len() <= self.device.pipeline_depth() {
-            let Some(plan) = self.scheduler.plan(&mut self.step) else {
+            let scheduling = self.recorder.now();
+            let plan = self.scheduler.plan(&mut self.step);
+            self.recorder.part(StepPart::Schedule, scheduling);
+            let Some(plan) = plan else {
                 break;
             };
+            self.step.observe.kernel_times = self.recorder.is_on();
             let submitted = Instant::now();
             for planned in &plan.sequences {
                 if let Some(active) = self.active.get_mut(&planned.id.request) {
@@ -326,8 +356,10 @@ impl Engine {
                 }
             }
             let id = self.device.submit(&self.step)?;
+            self.recorder.part(StepPart::Submit, Some(submitted));
             self.in_flight.push_back(InFlight {
                 id,
+                executable: self.step.executable,
                 plan,
                 submitted,
             });
@@ -335,20 +367,28 @@ impl Engine {
         let mut events = Vec::new();
         let Some(InFlight {
             id,
+            executable,
             plan,
             submitted,
         }) = self.in_flight.pop_front()
         else {
             return Ok(events);
         };
+        let collecting = self.recorder.now();
         let output = self.device.collect(id)?;
-        self.count(&plan, submitted);
+        self.recorder.part(StepPart::Collect, collecting);
+        let ran = self.count(&plan, submitted);
+        let label = self.recorder.step(&plan, executable, &output, ran);
+        let taking = self.recorder.now();
         self.take(&plan, &output, &mut events)?;
         self.finish(&plan, &mut events)?;
+        self.recorder.part(StepPart::Take, taking);
+        self.recorder.call(label, began);
         Ok(events)
     }
 
-    fn count(&mut self, plan: &Plan, submitted: Instant) {
+    /// Returns when the device ran the step.
+    fn count(&mut self, plan: &Plan, submitted: Instant) -> Range<Instant> {
         let now = Instant::now();
         let stats = match plan.phase {
             Phase::Prefill => &mut self.stats.prefill,
@@ -365,6 +405,7 @@ impl Engine {
             .map_or(submitted, |last| last.max(submitted));
         stats.time += now - started;
         self.last_collected = Some(now);
+        started..now
     }
 
     /// Hands a step's rows, tokens and continuations to its requests.
@@ -420,7 +461,10 @@ impl Engine {
             self.fail(request, part.position, events);
             return Ok(());
         };
-        let text = active.take_token(id.index, token, row, self.tokenizer.as_ref())?;
+        active.take_token(id.index, token, row);
+        let detokenising = self.recorder.now();
+        let text = active.take_text(id.index, token, self.tokenizer.as_ref())?;
+        self.recorder.part(StepPart::Detokenise, detokenising);
         if active.is_over(id.index) {
             self.scheduler.stop(id);
         }
@@ -611,10 +655,12 @@ mod tests {
     use crate::choices::Choices;
     use crate::completion::{Choice, FinishReason};
     use crate::kv::blocks_for;
+    use crate::record::{DEVICE_TRACK, HOST_TRACK};
     use crate::request::{Embedding, Layers, Pooling, Prompt};
     use crate::sampling::{Draw, Processors, SamplingParams};
     use crate::testing::{EOS, FakeDevice, HIDDEN, LAYERS, VOCAB, manifest};
     use crate::tokenizer::tests::byte_tokenizer;
+    use kiln_bundle::trace::{Arg, Span};
 
     const MAX_SEQ_LEN: u32 = 96;
 
@@ -862,6 +908,43 @@ mod tests {
         assert_eq!((&choice.ids, &choice.text), (&ids, &text));
         assert_eq!(choice.finish_reason, FinishReason::Length);
         assert_eq!(text, byte_tokenizer().decode(&ids).unwrap());
+    }
+
+    #[test]
+    fn a_recorded_run_is_the_same_and_its_spans_nest() {
+        for depth in [0, 1] {
+            let mut engine = engine(4, 40, depth);
+            engine.record(Trace::new(), &manifest(20, 4, MAX_SEQ_LEN));
+            let all = requests();
+            for request in &all {
+                engine.submit(request.clone()).unwrap();
+            }
+            for (completion, request) in run(&mut engine).iter().zip(&all) {
+                assert_eq!(only(completion).ids, expected_ids(request));
+            }
+            let stats = engine.stats();
+            let mut trace = engine.take_trace().unwrap();
+            assert!(engine.take_trace().is_none());
+            for name in [HOST_TRACK, DEVICE_TRACK] {
+                let track = trace.track(name);
+                let steps = trace.spans().iter();
+                let steps =
+                    steps.filter(|span| span.track == track && span.label.arg("phase").is_some());
+                let steps: Vec<&Span> = steps.collect();
+                let expected = stats.prefill.steps + stats.decode.steps;
+                assert_eq!(steps.len() as u64, expected);
+                for pair in steps.windows(2) {
+                    assert!(pair[0].end() <= pair[1].start, "{pair:?}");
+                }
+                let prefill = Some(&Arg::from(Phase::Prefill.name()));
+                let prefills = steps.iter().filter(|s| s.label.arg("phase") == prefill);
+                assert_eq!(prefills.count() as u64, stats.prefill.steps);
+            }
+            for part in StepPart::ALL {
+                let mut spans = trace.spans().iter();
+                assert!(spans.any(|span| span.label.name == part.name()), "{part:?}");
+            }
+        }
     }
 
     #[test]

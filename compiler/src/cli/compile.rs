@@ -4,6 +4,7 @@ use super::model::ModelArguments;
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use kiln_bundle::trace::{Label, Trace, TraceFile};
 use kiln_bundle::{DType, WeightFormat};
 use kiln_compiler::{CompileOptions, Compiled, Progress, TargetChoice, compile, cuda::native_gpu};
 use serde_json::json;
@@ -11,7 +12,7 @@ use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
@@ -94,6 +95,10 @@ pub struct Arguments {
     /// Threads to compile with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: Option<u16>,
+    /// Write what ran when: the stages, the kernels compiled, the tensors packed. Chrome trace JSON, for
+    /// chrome://tracing and ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print times and sizes as JSON.
     #[arg(long)]
     json: bool,
@@ -146,6 +151,11 @@ impl From<FloatType> for DType {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    let trace_file = arguments
+        .trace
+        .as_deref()
+        .map(TraceFile::create)
+        .transpose()?;
     if let Some(jobs) = arguments.jobs {
         rayon::ThreadPoolBuilder::new()
             .num_threads(jobs.into())
@@ -181,7 +191,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let model = arguments.model.find()?;
     let compiled = compile(model, &arguments.output, &options, &bar)?;
     let manifest = &compiled.manifest;
-    let stages = bar.finish();
+    let (trace, stages) = bar.finish();
+    if let Some(file) = trace_file {
+        file.finish(&trace)?;
+    }
     for note in &compiled.notes {
         eprintln!("note: {note}");
     }
@@ -219,7 +232,7 @@ fn count(number: usize, noun: &str) -> String {
 fn report(
     output: &Path,
     compiled: &Compiled,
-    stages: &[(&str, f64)],
+    stages: &[(String, f64)],
     bytes: u64,
 ) -> serde_json::Value {
     let manifest = &compiled.manifest;
@@ -254,11 +267,29 @@ fn report(
     report
 }
 
-/// Progress on a terminal, and the time that each stage took.
+/// Progress on a terminal, and what ran when.
 struct Bar {
     bar: ProgressBar,
-    stages: Mutex<Vec<(&'static str, Instant)>>,
+    record: Mutex<Record>,
     interrupted: Arc<AtomicBool>,
+}
+
+struct Record {
+    trace: Trace,
+    stage: Option<(&'static str, Instant)>,
+}
+
+/// The track of the stages.
+const STAGES: &str = "stages";
+
+impl Record {
+    fn end_stage(&mut self) {
+        if let Some((name, began)) = self.stage.take() {
+            let track = self.trace.track(STAGES);
+            let length = began.elapsed();
+            self.trace.add(track, Label::new(name), began, length);
+        }
+    }
 }
 
 impl Bar {
@@ -274,44 +305,54 @@ impl Bar {
         );
         Bar {
             bar,
-            stages: Mutex::new(vec![]),
+            record: Mutex::new(Record {
+                trace: Trace::new(),
+                stage: None,
+            }),
             interrupted: Arc::default(),
         }
     }
 
-    /// Name and milliseconds of each stage.
-    fn finish(&self) -> Vec<(&'static str, f64)> {
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What ran when, and name and milliseconds of each stage.
+    fn finish(self) -> (Trace, Vec<(String, f64)>) {
         self.bar.finish_and_clear();
-        let stages = self
-            .stages
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let ends = stages
-            .iter()
-            .skip(1)
-            .map(|(_, start)| *start)
-            .chain([Instant::now()]);
-        stages
-            .iter()
-            .zip(ends)
-            .map(|((name, start), end)| (*name, (end - *start).as_secs_f64() * 1000.0))
-            .collect()
+        self.record().end_stage();
+        let record = self.record.into_inner();
+        let Record { mut trace, .. } = record.unwrap_or_else(PoisonError::into_inner);
+        let track = trace.track(STAGES);
+        let spans = trace.spans().iter().filter(|span| span.track == track);
+        let stages = spans
+            .map(|span| (span.label.name.to_string(), span.length.as_secs_f64() * 1e3))
+            .collect();
+        (trace, stages)
     }
 }
 
 impl Progress for Bar {
     fn stage(&self, name: &'static str) {
         self.bar.set_message(name);
-        let mut stages = self
-            .stages
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        stages.push((name, Instant::now()));
+        let mut record = self.record();
+        record.end_stage();
+        record.stage = Some((name, Instant::now()));
     }
 
     fn advance(&self, done_bytes: u64, total_bytes: u64) {
         self.bar.set_length(total_bytes);
         self.bar.set_position(done_bytes);
+    }
+
+    fn worked(&self, what: Label, began: Instant) {
+        let length = began.elapsed();
+        let mut record = self.record();
+        let track = match rayon::current_thread_index() {
+            Some(worker) => record.trace.track(&format!("worker {worker}")),
+            None => record.trace.track("main"),
+        };
+        record.trace.add(track, what, began, length);
     }
 
     fn cancelled(&self) -> bool {

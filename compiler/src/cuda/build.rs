@@ -2,10 +2,12 @@
 
 use super::{Cache, Compiled, Kernel, Key, Nvrtc, NvrtcError, Resources, Source};
 use crate::Progress;
+use kiln_bundle::trace::Label;
 use rayon::prelude::*;
 use std::{
     collections::HashMap,
     sync::atomic::{AtomicU64, Ordering},
+    time::Instant,
 };
 
 /// A kernel as source.
@@ -117,7 +119,11 @@ pub fn build_with(
                 text: &unit.source,
                 headers,
             };
+            let began = Instant::now();
             let compiled = compile(nvrtc, cache, &source, arch)?;
+            let label = Label::new(unit.entry.clone()).with("target", *arch);
+            let from = if compiled.1 { "the cache" } else { "NVRTC" };
+            progress.worked(label.with("from", from), began);
             let bytes = unit.source.len() as u64;
             let done = done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
             progress.advance(done, total_bytes as u64);

@@ -11,6 +11,7 @@ mod launch;
 mod manifest;
 pub mod packing;
 mod read;
+pub mod trace;
 mod verify;
 #[cfg(feature = "write")]
 mod write;

@@ -7,11 +7,13 @@ use super::{DeviceArgs, Loaded, describe, load, read_file};
 use super::{interactive, interrupt};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
+use kiln_bundle::trace::{Trace, TraceFile};
 use kiln_runtime::{Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId};
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// Arguments of `kiln generate`.
 #[derive(clap::Args)]
@@ -41,7 +43,7 @@ pub(super) struct GenerateArgs {
     /// Type /help for more. KILN_HISTORY is the file of what was typed, off for none
     /// [default: ~/.local/state/kiln/history]
     #[arg(long, conflicts_with_all = ["input", "json", "output_logits", "output_hidden_states",
-          "output_scores", "num_return_sequences"])]
+          "output_scores", "num_return_sequences", "trace"])]
     interactive: bool,
 
     #[command(flatten)]
@@ -71,6 +73,10 @@ pub(super) struct GenerateArgs {
     /// with -inf for what was cut
     #[arg(long, value_name = "FILE")]
     output_scores: Option<PathBuf>,
+    /// Writes what ran when: loading, each step and its parts on the host, and its kernels where the
+    /// device tells their times. Chrome trace JSON, for chrome://tracing and ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -121,18 +127,27 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
             .map(|asked| asked.request.prompt);
         return interactive::run(first, args.settings, load(&args.bundle, &args.device)?);
     }
+    let began = Instant::now();
+    let trace_file = args.trace.as_deref().map(TraceFile::create).transpose()?;
+    let trace = trace_file.is_some().then(Trace::new);
     let Loaded {
         mut engine,
         bundle,
         load_time,
     } = load(&args.bundle, &args.device)?;
+    if let Some(trace) = trace {
+        engine.record(trace, bundle.manifest());
+        engine.note("load", began);
+    }
     if engine.tokenizer().is_none() && !args.json {
         eprintln!("note: this bundle has no tokenizer, so there is no text; --json prints ids");
     }
     let mut batch = Batch::default();
+    let began = Instant::now();
     for asked in requests {
         batch.submit(asked, &mut engine)?;
     }
+    engine.note("tokenise", began);
     let model = &bundle.manifest().model;
     let file = |path: &Option<PathBuf>| path.as_deref().map(TensorFile::create).transpose();
     let mut files = Files {
@@ -148,6 +163,9 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     };
     let mut printer = Printer::new(io::stdout().lock(), args.json, load_time);
     let failed = batch.generate(&mut engine, &mut printer, &mut files)?;
+    if let Some((file, trace)) = trace_file.zip(engine.take_trace()) {
+        file.finish(&trace)?;
+    }
     if interrupt::interrupted() && !engine.is_idle() {
         let (done, all) = (printer.printed(), batch.running.len());
         eprintln!("interrupted: {done} of {all} prompts done");
@@ -258,7 +276,9 @@ impl Batch {
                 printer.interrupted()?;
                 break;
             }
-            for event in engine.step()? {
+            let events = engine.step()?;
+            let began = Instant::now();
+            for event in events {
                 match event {
                     Event::Token(token) => {
                         let index = self.index(token.request);
@@ -291,6 +311,7 @@ impl Batch {
                     }
                 }
             }
+            engine.note("print", began);
         }
         Ok(failed)
     }

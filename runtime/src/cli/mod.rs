@@ -52,7 +52,7 @@ enum Command {
 struct DeviceArgs {
     /// Device to run on: cpu, cuda or cuda:N for a GPU (N counts from 0), or auto: a GPU that the
     /// bundle was compiled for, else the CPU
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
     /// Threads of the CPU device [default: one for each physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -72,17 +72,6 @@ struct DeviceArgs {
     /// results
     #[arg(long)]
     no_graphs: bool,
-}
-
-fn device(text: &str) -> Result<DeviceChoice, String> {
-    let number = |ordinal: &str| ordinal.parse().ok().map(DeviceChoice::Cuda);
-    match text {
-        "auto" => Some(DeviceChoice::Auto),
-        "cpu" => Some(DeviceChoice::Cpu),
-        "cuda" => Some(DeviceChoice::Cuda(0)),
-        _ => text.strip_prefix("cuda:").and_then(number),
-    }
-    .ok_or_else(|| "it must be auto, cpu, cuda or cuda:N".to_owned())
 }
 
 /// Runs the command and reports its error.
@@ -188,17 +177,6 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn devices_are_spelled() {
-        assert_eq!(device("auto"), Ok(DeviceChoice::Auto));
-        assert_eq!(device("cpu"), Ok(DeviceChoice::Cpu));
-        assert_eq!(device("cuda"), Ok(DeviceChoice::Cuda(0)));
-        assert_eq!(device("cuda:3"), Ok(DeviceChoice::Cuda(3)));
-        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
-            assert!(device(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::cuda::{self, DriverError, NvidiaDriver, NvidiaGpu};
 use super::{CpuDevice, CpuOptions, CudaDevice, CudaOptions, Device, DeviceError};
 use kiln_bundle::{Bundle, Target};
+use std::str::FromStr;
 
 /// The device asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,6 +16,22 @@ pub enum DeviceChoice {
     Cpu,
     /// The GPU with this number.
     Cuda(u32),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    /// Reads `auto`, `cpu`, `cuda` (the first) or `cuda:N`.
+    fn from_str(text: &str) -> Result<DeviceChoice, String> {
+        let number = |ordinal: &str| ordinal.parse().ok().map(DeviceChoice::Cuda);
+        match text {
+            "auto" => Some(DeviceChoice::Auto),
+            "cpu" => Some(DeviceChoice::Cpu),
+            "cuda" => Some(DeviceChoice::Cuda(0)),
+            _ => text.strip_prefix("cuda:").and_then(number),
+        }
+        .ok_or_else(|| "it must be auto, cpu, cuda or cuda:N".to_owned())
+    }
 }
 
 /// How a device is chosen and set up.
@@ -107,6 +124,17 @@ mod tests {
     use super::*;
     use crate::testing::manifest;
     use kiln_bundle::Image;
+
+    #[test]
+    fn devices_are_spelled() {
+        assert_eq!("auto".parse(), Ok(DeviceChoice::Auto));
+        assert_eq!("cpu".parse(), Ok(DeviceChoice::Cpu));
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        assert_eq!("cuda:3".parse(), Ok(DeviceChoice::Cuda(3)));
+        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
+            assert!(wrong.parse::<DeviceChoice>().is_err(), "{wrong}");
+        }
+    }
 
     fn targets(names: &[&str]) -> Vec<Target> {
         let target = |name: &&str| {

@@ -18,3 +18,4 @@ mod hostile_bundles;
 mod interactive;
 mod programs;
 mod quantised;
+mod traces;

@@ -27,7 +27,7 @@ pub use nvidia::{NvidiaDriver, NvidiaGpu};
 
 use super::check::{Ground, check_step};
 use super::memory::{Room, plan_memory};
-use super::{Device, DeviceError, DeviceFacts, Observe, Step, StepId, StepOutput, Tokens};
+use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput, Tokens};
 use crate::sampling::{Continuation, Draw, Sampler};
 use bind::{Addresses, WeightPlan};
 use copies::Copier;
@@ -478,7 +478,7 @@ impl<D: Driver> Device for CudaDevice<D> {
             .sequences()
             .filter_map(|sequence| sequence.draw)
             .any(|draw| !is_made_by_kernel(&draw, self.model.vocab_size));
-        let result = if step.observe == Observe::default() && !by_host {
+        let result = if !step.observe.is_any() && !by_host {
             self.run(index)?;
             let bytes = self.chosen_bytes(&draws);
             let ticket = self.driver.download(self.addresses.chosen, bytes);

@@ -4,13 +4,13 @@ mod bundle;
 mod driver;
 
 use super::*;
-use crate::device::{LogitRows, SequenceStep, Tokens};
+use crate::device::{LogitRows, Observe, SequenceStep, Tokens};
 use crate::kv::BlockCopy;
 use crate::sampling::{BeamDraw, Draw, DrawParams, Processors, Rules, SequenceBias};
 use crate::{Engine, Event, Layers, Outputs, Prompt, Request};
 use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
 use driver::{Call, FakeDriver, long};
-use kiln_bundle::Phase;
+use kiln_bundle::{Phase, trace::Trace};
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -375,13 +375,18 @@ fn the_next_step_is_enqueued_before_a_token_is_read() {
     by_history.processors.repetition_penalty = 1.2;
     by_history.processors.no_repeat_ngram_size = 3;
     for request in [plain, by_history] {
-        runs_ahead(request);
+        runs_ahead(request.clone(), false);
+        // Nor is another path taken while it is recorded.
+        runs_ahead(request, true);
     }
 }
 
-fn runs_ahead(request: Request) {
+fn runs_ahead(request: Request, recorded: bool) {
     let rig = Rig::new(100 * MIB);
     let mut engine = engine(&rig);
+    if recorded {
+        engine.record(Trace::new(), rig.bundle.manifest());
+    }
     rig.driver.calls();
     engine.submit(request).unwrap();
     let mut ids = Vec::new();
