@@ -12,6 +12,7 @@ mod manifest;
 pub mod packing;
 mod read;
 mod verify;
+pub mod work;
 #[cfg(feature = "write")]
 mod write;
 

@@ -16,5 +16,6 @@ mod generation;
 mod gptq;
 mod hostile_bundles;
 mod interactive;
+mod perf_table;
 mod programs;
 mod quantised;
