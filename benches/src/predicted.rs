@@ -12,8 +12,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::{env, fs, process::Command};
 
-/// Instructions of a kernel that are listed, the most frequent first.
-const INSTRUCTIONS: usize = 12;
 const WARP_THREADS: u32 = 32;
 
 /// The GPU that times are predicted for: the one named, else the one that stands for the target.
@@ -244,7 +242,6 @@ fn count(disassembly: &str) -> Vec<(String, u32)> {
     counts.remove("NOP");
     let mut counts: Vec<(String, u32)> = counts.into_iter().collect();
     counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    counts.truncate(INSTRUCTIONS);
     counts
 }
 

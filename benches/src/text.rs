@@ -4,8 +4,8 @@ use crate::table::{KernelResources, ModelTable, Row, Source, StepTable, Table};
 use comfy_table::{CellAlignment, Table as Text, presets};
 use std::fmt::Write;
 
-/// Instructions of a kernel that are shown.
-const INSTRUCTIONS: usize = 4;
+/// Instructions that are shown: products of tensor cores, and what reaches memory.
+const TELLING: [&str; 6] = ["HMMA", "IMMA", "LD", "ST", "ATOM", "RED"];
 
 /// All of a table.
 pub fn text(table: &Table) -> String {
@@ -19,17 +19,21 @@ pub fn text(table: &Table) -> String {
     if let Some(rate) = machine.ceilings.integer_gop_per_s {
         let _ = write!(text, ", {rate:.0} GOP/s of integers");
     }
-    let _ = writeln!(text);
+    let measured = |model: &ModelTable| model.source == Source::Measured;
+    let _ = writeln!(
+        text,
+        "; {}",
+        match table.models.iter().any(measured) {
+            true => "measured in this run",
+            false => "of the datasheet",
+        }
+    );
     for model in &table.models {
         for step in &model.steps {
             let _ = writeln!(text, "\n{}", step_text(model, step));
         }
     }
-    if table
-        .models
-        .iter()
-        .any(|model| model.source == Source::Measured)
-    {
+    if table.models.iter().any(measured) {
         text += "\nlimit: the time that bytes or operations need at the rates above, over the time taken. \
                  What a cache holds can be faster.\n";
     }
@@ -200,9 +204,21 @@ fn resources(launch: &KernelResources) -> [String; 8] {
         1 => format!("{x}x{y}"),
         _ => format!("{x}x{y}x{z}"),
     };
-    let instructions = launch.instructions.iter().take(INSTRUCTIONS);
-    let instructions: Vec<String> = instructions
+    let telling = launch.instructions.iter();
+    let telling = telling.filter(|(kind, _)| TELLING.iter().any(|name| kind.starts_with(name)));
+    let instructions: Vec<String> = telling
         .map(|(kind, count)| format!("{kind} {count}"))
+        .chain(match launch.instructions.is_empty() {
+            true => None,
+            false => Some(format!(
+                "all {}",
+                launch
+                    .instructions
+                    .iter()
+                    .map(|(_, count)| count)
+                    .sum::<u32>()
+            )),
+        })
         .collect();
     [
         by(launch.grid),

@@ -119,7 +119,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         true => serde_json::to_string(&table)?,
         false => text::text(&table),
     };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
+    super::print(&format!("{}\n", text.trim_end()))?;
     Ok(())
 }
 
@@ -249,7 +249,9 @@ fn measure_all(arguments: &Arguments) -> Result<(Machine, Vec<ModelTable>)> {
         .with_context(|| format!("cannot measure {}", path.display()))?;
         bar.finish_and_clear();
         drop(device);
-        note_clocks(&measured);
+        for note in measured.iter().filter_map(note) {
+            eprintln!("note: {note}");
+        }
         let steps = with_references(arguments, measured)?;
         models.push(model_table(&bundle, target, Source::Measured, steps));
     }
@@ -265,22 +267,21 @@ fn progress_bar(bundle: &Bundle, steps: usize) -> ProgressBar {
     }
 }
 
-/// Says where the clocks themselves take time.
-fn note_clocks(measured: &[Measured]) {
-    for Measured { step, clocked, .. } in measured {
-        let share = clocked.median_us / step.time.median_us - 1.0;
-        if share.abs() > CLOCK_SHARE {
-            eprintln!(
-                "note: {} at {} positions takes {:.1} us, and {:.1} us with a clock around each kernel \
-                 ({:+.1} %): its kernels' times are off by as much",
-                step.executable,
-                step.kv_len,
-                step.time.median_us,
-                clocked.median_us,
-                100.0 * share
-            );
-        }
-    }
+/// Says where a step with a clock around its kernels takes another time than one without.
+fn note(measured: &Measured) -> Option<String> {
+    let Measured { step, clocked, .. } = measured;
+    let share = clocked.median_us / step.time.median_us - 1.0;
+    (share.abs() > CLOCK_SHARE).then(|| {
+        format!(
+            "{} at {} positions takes {:.1} us, and {:.1} us with a clock around each kernel ({:+.1} %): \
+             times of its kernels are no more certain than that; is the machine busy?",
+            step.executable,
+            step.kv_len,
+            step.time.median_us,
+            clocked.median_us,
+            100.0 * share
+        )
+    })
 }
 
 /// The machine, with what it can do at most.
@@ -354,6 +355,34 @@ fn with_references(arguments: &Arguments, measured: Vec<Measured>) -> Result<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::Times;
+
+    #[test]
+    fn clocks_that_take_time_are_noted() {
+        let taking = |plain_us, clocked_us| Measured {
+            step: StepTable {
+                executable: "decode-b1-kv64".to_owned(),
+                phase: kiln_bundle::Phase::Decode,
+                sequences: 1,
+                tokens: 1,
+                kv_len: 9,
+                logit_rows: 1,
+                rows: Vec::new(),
+                time: Times::predicted(plain_us),
+                floor_us: 0.0,
+                remainder_us: 0.0,
+            },
+            kinds: Vec::new(),
+            clocked: Times::predicted(clocked_us),
+        };
+        assert_eq!(note(&taking(100.0, 102.9)), None);
+        assert_eq!(note(&taking(100.0, 97.1)), None);
+        let note = note(&taking(100.0, 104.0)).unwrap();
+        assert!(
+            note.contains("decode-b1-kv64 at 9 positions") && note.contains("(+4.0 %)"),
+            "{note}"
+        );
+    }
 
     #[test]
     fn a_file_is_replaced_as_a_whole() {

@@ -164,7 +164,7 @@ fn a_measured_table_adds_up() {
         .collect();
     assert_eq!(
         names,
-        ["prefill-t128", "decode-b1-kv128", "decode-b4-kv128"]
+        ["prefill-t512", "decode-b1-kv128", "decode-b4-kv128"]
     );
     for step in steps(&found) {
         let rows = step["rows"].as_array().unwrap();
@@ -260,7 +260,7 @@ fn what_cannot_be_measured_is_refused() {
     refused(
         &["--tokens", "9999"],
         1,
-        "prefill-t128 takes a prompt of 1 to 128 tokens",
+        "prefill-t512 takes a prompt of 1 to 128 tokens",
     );
     refused(
         &["--target", "sm_90a"],
