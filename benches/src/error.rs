@@ -79,7 +79,7 @@ pub enum TableError {
         device: String,
     },
     /// A GPU for which no times can be predicted: the user's mistake.
-    #[error("{gpu} does not run {target}; known GPUs that do are {}", known.join(", "))]
+    #[error("times of {target} cannot be predicted for {gpu}; known GPUs that run it: {}", known.join(", "))]
     WrongGpu {
         /// Asked for.
         gpu: String,

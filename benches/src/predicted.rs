@@ -24,7 +24,7 @@ pub fn gpu_for(target: &Target, named: Option<&str>) -> Result<Gpu, TableError> 
         None => Gpu::of_target(&target.name),
     };
     gpu.ok_or_else(|| TableError::WrongGpu {
-        gpu: named.unwrap_or("no known GPU").to_owned(),
+        gpu: named.unwrap_or("any GPU").to_owned(),
         target: target.name.clone(),
         known: GPUS
             .iter()

@@ -1,10 +1,10 @@
 //! `kiln-perf table`, and the count of bytes and operations that it stands on.
 
 use kiln_bundle::{
-    BLOCK_TOKENS, Bundle, DType, Phase,
+    Bundle, DType, Phase,
     work::{StepSize, step_work},
 };
-use kiln_compiler::CompileOptions;
+use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
 use kiln_tests::{TestBundle, failure, fixture, program, success};
 use serde_json::Value;
 use std::{fs, process::Output};
@@ -130,7 +130,8 @@ fn steps(table: &Value) -> &Vec<Value> {
 
 fn number(value: &Value, path: &str) -> f64 {
     let found = value.pointer(path).and_then(Value::as_f64);
-    found.unwrap_or_else(|| panic!("{path} in {value}"))
+    assert!(found.is_some(), "{path} in {value}");
+    found.unwrap()
 }
 
 #[test]
@@ -199,7 +200,7 @@ fn a_measured_table_adds_up() {
     }
 }
 
-/// Attention's bytes grow with what is there, and nothing is read that no step has written.
+/// Attention's bytes grow with the positions that are there; 100 of them end within a block.
 #[test]
 fn a_sweep_gives_a_step_for_each_length() {
     let bundle = compile("tiny-opt", "f32");
@@ -232,7 +233,6 @@ fn a_sweep_gives_a_step_for_each_length() {
         );
         assert_eq!(number(attention, "/flops"), 4.0 * positions * 64.0);
     }
-    assert!(100 % BLOCK_TOKENS != 0);
 }
 
 #[test]
@@ -286,5 +286,35 @@ fn what_cannot_be_measured_is_refused() {
     );
     if fs::metadata("/proc/driver/nvidia/version").is_err() {
         refused(&["--device", "cuda"], 1, "NVIDIA");
+    }
+}
+
+/// As far as it goes without a CUDA compiler: what is refused.
+#[test]
+fn predictions_need_machine_code_and_a_gpu_of_the_target() {
+    let options = CompileOptions {
+        targets: vec![TargetChoice::Cuda(CudaTarget::Sm90a)],
+        weights: Some("bf16".parse().unwrap()),
+        emit_only: true,
+        ..CompileOptions::default()
+    };
+    let bundle = TestBundle::compile(&fixture("tiny-gpt2"), &options);
+    for (flags, expect) in [
+        (
+            vec!["--target", "sm_90a"],
+            "has no machine code, only sources",
+        ),
+        (
+            vec!["--target", "sm_90a", "--gpu", "A100"],
+            "sm_90a cannot be predicted for A100; known GPUs that run it: H200, H100",
+        ),
+        (
+            vec!["--target", "sm_90a", "--threads", "2"],
+            "are for measurements",
+        ),
+        (vec![], "has no target `cpu`, only sm_90a"),
+    ] {
+        let message = failure(&table(&bundle, &flags), 1);
+        assert!(message.contains(expect), "{message}");
     }
 }
