@@ -5,7 +5,9 @@ use comfy_table::{CellAlignment, Table as Text, presets};
 use std::fmt::Write;
 
 /// Instructions that are shown: products of tensor cores, and what reaches memory.
-const TELLING: [&str; 6] = ["HMMA", "IMMA", "LD", "ST", "ATOM", "RED"];
+const TELLING: [&str; 9] = [
+    "HMMA", "LDG", "LDGSTS", "LDS", "LDL", "STG", "STS", "STL", "ATOMG",
+];
 
 /// All of a table.
 pub fn text(table: &Table) -> String {
@@ -205,7 +207,10 @@ fn resources(launch: &KernelResources) -> [String; 8] {
         _ => format!("{x}x{y}x{z}"),
     };
     let telling = launch.instructions.iter();
-    let telling = telling.filter(|(kind, _)| TELLING.iter().any(|name| kind.starts_with(name)));
+    let telling = telling.filter(|(kind, _)| {
+        let operation = kind.split('.').next().unwrap_or_default();
+        TELLING.contains(&operation)
+    });
     let instructions: Vec<String> = telling
         .map(|(kind, count)| format!("{kind} {count}"))
         .chain(match launch.instructions.is_empty() {
