@@ -125,9 +125,12 @@ pub struct Row {
     /// What else runs the same, by name: `gemm`, `torch`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub references: Vec<Reference>,
-    /// What a compiled kernel takes, for CUDA targets.
+    /// What a compiled kernel takes, for CUDA targets: of its last launch, which makes the result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<KernelResources>,
+    /// Of launches before it, which prepare its rows. They are part of the row's time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prepared_by: Vec<KernelResources>,
 }
 
 impl Row {

@@ -35,7 +35,7 @@ pub use package::{PackageError, pack_weights};
 pub use pipeline::{Compiled, compile};
 pub use plan::{KernelPlan, KernelText, executable_name};
 pub use plan_memory::{MemoryPlan, plan_memory};
-pub use predict::{GPUS, Gpu, Prediction, predict};
+pub use predict::{GPUS, Gpu, Prediction, predict, predict_kernels};
 pub use quantise::IntRows;
 pub use specialise::{SpecialiseError, specialise};
 pub use stored::{Calibrated, Stored};

@@ -6,7 +6,11 @@
 //! to compare buckets and plans with; it is no measurement.
 
 use crate::cuda::CudaTarget;
-use kiln_bundle::{Executable, KernelSpec, Linear, Phase, Program, Target};
+use kiln_bundle::{
+    Executable, Target,
+    work::{StepSize, Work, kernel_work},
+};
+use std::iter::Sum;
 
 /// A GPU as its vendor describes it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,7 +72,7 @@ impl Gpu {
     }
 }
 
-/// What an executable moves and computes at its bounds, and how long that should take.
+/// What a kernel or a step moves and computes, and how long that should take.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Prediction {
     /// Bytes of weights, activations, keys and values.
@@ -88,86 +92,49 @@ impl Prediction {
     }
 }
 
-/// Predicts a step at the executable's bounds: in prefill, one prompt of all its tokens and the
-/// logits of the last; in decode, every sequence at its longest.
+impl Sum for Prediction {
+    fn sum<I: Iterator<Item = Prediction>>(parts: I) -> Prediction {
+        parts.fold(Prediction::default(), |sum, part| Prediction {
+            bytes: sum.bytes + part.bytes,
+            flops: sum.flops + part.flops,
+            floor_us: sum.floor_us + part.floor_us,
+            launch_us: sum.launch_us + part.launch_us,
+        })
+    }
+}
+
+/// Predicts a step at the executable's bounds ([`StepSize::at_bounds`]).
 pub fn predict(target: &Target, executable: &Executable, gpu: &Gpu) -> Option<Prediction> {
+    let size = StepSize::at_bounds(executable.phase, &executable.bounds);
+    let kernels = predict_kernels(target, executable, &size, gpu)?;
+    Some(kernels.into_iter().sum())
+}
+
+/// Predicts each kernel of a step of this size, in the program's order.
+pub fn predict_kernels(
+    target: &Target,
+    executable: &Executable,
+    size: &StepSize,
+    gpu: &Gpu,
+) -> Option<Vec<Prediction>> {
     let program = target.programs.get(executable.program as usize)?;
-    let mut sum = Prediction::default();
-    for kernel in &program.kernels {
-        let (bytes, flops) = work(target, program, executable, kernel);
+    let mut launches = vec![0.0; program.kernels.len()];
+    for launch in &executable.launches {
+        if let Some(count) = launches.get_mut(launch.kernel as usize) {
+            *count += 1.0;
+        }
+    }
+    let kernels = program.kernels.iter().zip(launches);
+    let predictions = kernels.map(|(kernel, launches)| {
+        let Work { bytes, flops, .. } = kernel_work(target, program, kernel, size);
         let memory_us = bytes / gpu.gb_per_s / 1e3;
         let compute_us = flops / gpu.tflops / 1e6;
-        sum.bytes += bytes;
-        sum.flops += flops;
-        sum.floor_us += memory_us.max(compute_us);
-    }
-    sum.launch_us = executable.launches.len() as f64 * gpu.launch_us();
-    Some(sum)
-}
-
-/// Bytes and operations of a kernel.
-fn work(
-    target: &Target,
-    program: &Program,
-    executable: &Executable,
-    kernel: &KernelSpec,
-) -> (f64, f64) {
-    let bounds = &executable.bounds;
-    let logit_rows = match executable.phase {
-        Phase::Prefill => 1,
-        Phase::Decode => bounds.max_logit_rows,
-    };
-    let row_bytes = |id: kiln_bundle::BufferId| {
-        let buffer = &program.buffers[id.0 as usize];
-        f64::from(buffer.width) * buffer.dtype.size_bytes() as f64
-    };
-    let rows_of = |id: kiln_bundle::BufferId| match program.buffers[id.0 as usize].rows {
-        kiln_bundle::RowKind::Tokens => f64::from(bounds.max_tokens),
-        kiln_bundle::RowKind::Logits => f64::from(logit_rows),
-    };
-    let touched: f64 = kernel
-        .reads()
-        .into_iter()
-        .chain(kernel.writes())
-        .map(|id| rows_of(id) * row_bytes(id))
-        .sum();
-    match kernel {
-        KernelSpec::Linear(linear) | KernelSpec::Qkv { linear, .. } => {
-            let rows = rows_of(linear.out);
-            let (n, k) = (
-                f64::from(linear.out_features),
-                f64::from(linear.in_features),
-            );
-            (touched + weight_bytes(target, linear), 2.0 * rows * n * k)
+        Prediction {
+            bytes,
+            flops,
+            floor_us: memory_us.max(compute_us),
+            launch_us: launches * gpu.launch_us(),
         }
-        KernelSpec::Attention {
-            heads, head_dim, ..
-        } => {
-            let width = f64::from(heads * head_dim);
-            let tokens = f64::from(bounds.max_tokens);
-            // Pairs of a query and a position that it sees, and positions that are read.
-            let (pairs, positions) = match executable.phase {
-                Phase::Prefill => (tokens * (tokens + 1.0) / 2.0, tokens),
-                Phase::Decode => {
-                    let positions = tokens * f64::from(bounds.max_kv_len);
-                    (positions, positions)
-                }
-            };
-            let kv = 2.0 * positions * width * target.dtype.size_bytes() as f64;
-            (touched + kv, 4.0 * pairs * width)
-        }
-        KernelSpec::Embed { out, .. } => {
-            let rows = rows_of(*out) * f64::from(program.buffers[out.0 as usize].width);
-            (
-                touched + 2.0 * rows * target.tables.size_bytes() as f64,
-                rows,
-            )
-        }
-        KernelSpec::Sample { .. } => (touched, 0.0),
-    }
-}
-
-fn weight_bytes(target: &Target, linear: &Linear) -> f64 {
-    let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-    target.format(&linear.weight).bytes(target.layout, n, k) as f64
+    });
+    Some(predictions.collect())
 }

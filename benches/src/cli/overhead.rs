@@ -8,6 +8,7 @@ use kiln_runtime::device::{CpuOptions, DeviceChoice};
 use kiln_runtime::{Engine, LoadOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// Arguments of `kiln-perf overhead`.
 #[derive(clap::Args)]
@@ -34,7 +35,7 @@ pub(super) struct OverheadArgs {
     json: bool,
 }
 
-pub(super) fn run(args: &OverheadArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &OverheadArgs) -> anyhow::Result<ExitCode> {
     let bundle = Bundle::open(&args.bundle)?;
     let options = LoadOptions {
         device: args.device,
@@ -64,7 +65,7 @@ pub(super) fn run(args: &OverheadArgs) -> anyhow::Result<()> {
     } else {
         writeln!(out, "{}", table(&overhead))?;
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn table(overhead: &Overhead) -> Table {

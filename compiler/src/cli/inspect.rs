@@ -3,7 +3,10 @@
 use anyhow::Result;
 use clap::Args;
 use indicatif::HumanBytes;
-use kiln_bundle::{Bundle, Executable, KernelSpec, Manifest, Program, Target};
+use kiln_bundle::{
+    Bundle, Executable, Manifest, Program, Target,
+    work::{StepSize, step_work},
+};
 use kiln_compiler::{GPUS, Gpu, KernelText, predict};
 use serde_json::{Value, json};
 use std::{fmt::Write, path::PathBuf};
@@ -60,7 +63,7 @@ fn to_json(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Value {
                 "kernels": program.kernels.len(),
                 "arena_bytes": executable.arena_bytes,
                 "weights_bytes_per_step": step_weight_bytes(program, target),
-                "flops_per_token": flops_per_token(program),
+                "flops_per_token": flops_per_token(program, target),
             });
             if let Some(prediction) = gpu.and_then(|gpu| predict(target, executable, &gpu)) {
                 value["launches"] = json!(executable.launches.len());
@@ -159,7 +162,7 @@ fn to_text(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Result<Strin
                 program.kernels.len().to_string(),
                 HumanBytes(executable.arena_bytes).to_string(),
                 HumanBytes(step_weight_bytes(program, target)).to_string(),
-                format!("{:.0}", flops_per_token(program) as f64 / 1e6),
+                format!("{:.0}", flops_per_token(program, target) as f64 / 1e6),
             ];
             if let Some(prediction) = gpu.and_then(|gpu| predict(target, executable, &gpu)) {
                 row.push(format!("{:.1}", prediction.floor_us));
@@ -196,23 +199,17 @@ fn kv_bytes_per_token(manifest: &Manifest, target: &Target) -> u64 {
     elements * target.dtype.size_bytes() as u64
 }
 
-/// Bytes of matrices that a step reads once, whatever the number of its tokens.
+/// Bytes of matrices, biases and norms that a step reads once, whatever the number of its tokens.
 fn step_weight_bytes(program: &Program, target: &Target) -> u64 {
-    program
-        .kernels
-        .iter()
-        .filter_map(KernelSpec::linear)
-        .map(|linear| {
-            let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-            target.format(&linear.weight).bytes(target.layout, n, k)
-        })
-        .sum()
+    step_work(target, program, &StepSize::default()).weight_bytes
 }
 
-/// Multiplications and additions of the linears for a token whose logits are computed.
-fn flops_per_token(program: &Program) -> u64 {
-    let linears = program.kernels.iter().filter_map(KernelSpec::linear);
-    linears
-        .map(|linear| 2 * u64::from(linear.in_features) * u64::from(linear.out_features))
-        .sum()
+/// Multiplications and additions of products with weights for a token whose logits are computed.
+fn flops_per_token(program: &Program, target: &Target) -> u64 {
+    let size = StepSize {
+        tokens: 1,
+        logit_rows: 1,
+        ..StepSize::default()
+    };
+    step_work(target, program, &size).flops as u64
 }

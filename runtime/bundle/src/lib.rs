@@ -13,6 +13,7 @@ pub mod packing;
 mod read;
 pub mod trace;
 mod verify;
+pub mod work;
 #[cfg(feature = "write")]
 mod write;
 

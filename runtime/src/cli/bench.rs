@@ -9,10 +9,13 @@ use super::{DeviceArgs, Loaded, load, milliseconds};
 use anyhow::{bail, ensure};
 use comfy_table::{Table, presets};
 use indicatif::ProgressBar;
-use kiln_bundle::{BLOCK_TOKENS, Manifest, Phase, Target, WeightFormat, packing::Layout};
+use kiln_bundle::{
+    BLOCK_TOKENS, Manifest, Phase, Target, WeightFormat,
+    packing::Layout,
+    work::{StepSize, step_work},
+};
 use kiln_runtime::{Engine, Event, PhaseStats, Prompt, Request};
 use serde::Serialize;
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -264,28 +267,17 @@ fn report(
     }
 }
 
-/// Bytes of the matrices and biases that one decode step multiplies with; of the embedding tables it
-/// reads single rows.
+/// Bytes of the matrices and vectors that one decode step reads; of the embedding tables it reads
+/// single rows.
 fn decode_weight_bytes(target: &Target) -> u64 {
     let decode = target
         .executables
         .iter()
         .find(|executable| executable.phase == Phase::Decode);
     let program = decode.and_then(|executable| target.programs.get(executable.program as usize));
-    let mut tensors = BTreeMap::new();
-    for linear in program
-        .iter()
-        .flat_map(|program| &program.kernels)
-        .filter_map(|k| k.linear())
-    {
-        let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-        let bytes = target.format(&linear.weight).bytes(target.layout, n, k);
-        tensors.insert(&linear.weight, bytes);
-        if let Some(bias) = &linear.bias {
-            tensors.insert(bias, (n * size_of::<f32>()) as u64);
-        }
-    }
-    tensors.into_values().sum()
+    program.map_or(0, |program| {
+        step_work(target, program, &StepSize::default()).weight_bytes
+    })
 }
 
 /// The most memory that this process has held so far, where the system tells (Linux: `VmHWM`).

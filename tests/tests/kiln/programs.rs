@@ -150,7 +150,10 @@ fn inspect_counts_what_is_there() {
     // 3 layers of qkv, attention, out, up, down; embedding, head and sampling.
     assert_eq!(executables[0]["kernels"], 18);
     // q, k, v, out: 4 * 64 * 64; up, down: 2 * 64 * 128; head: 320 (300 in whole panels) * 64.
-    let elements = 3 * (4 * 64 * 64 + 2 * 64 * 128) + 320 * 64;
+    let matrices = 3 * (4 * 64 * 64 + 2 * 64 * 128) + 320 * 64;
+    // Biases of q, k, v, out, up and down, two norms; the last norm.
+    let vectors = 3 * (3 * 64 + 64 + 128 + 64 + 2 * 128) + 128;
+    let elements = matrices + vectors;
     assert_eq!(executables[0]["weights_bytes_per_step"], elements * 4);
     let text = run("kilnc", &["inspect", &path, "--kernels"]);
     assert!(

@@ -1,0 +1,116 @@
+//! Why a table cannot be made.
+
+use kiln_runtime::device::DeviceError;
+
+/// See each.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The user's mistake, or another bundle was meant.
+    #[error("{bundle} has no target `{wanted}`, only {}", found.join(", "))]
+    NoTarget {
+        /// The bundle's model.
+        bundle: String,
+        /// Asked for.
+        wanted: String,
+        /// What it has.
+        found: Vec<String>,
+    },
+    /// The user's mistake.
+    #[error("target {target} has no executable `{name}`; it has {}", found.join(", "))]
+    NoExecutable {
+        /// Asked for.
+        name: String,
+        /// Of what.
+        target: String,
+        /// What it has.
+        found: Vec<String>,
+    },
+    /// The user's mistake.
+    #[error(
+        "{executable} takes 1 to {bound} positions of a sequence, not {kv_len}; give another --kv-len, or \
+         an --executable for as many"
+    )]
+    KvLen {
+        /// Asked for.
+        kv_len: usize,
+        /// Of which executable.
+        executable: String,
+        /// Its bound.
+        bound: usize,
+    },
+    /// The user's mistake.
+    #[error(
+        "{executable} takes a prompt of 1 to {bound} tokens, not {tokens}; give other --tokens, or an \
+         --executable for as many"
+    )]
+    Tokens {
+        /// Asked for.
+        tokens: usize,
+        /// Of which executable.
+        executable: String,
+        /// Its bound.
+        bound: usize,
+    },
+    /// The machine's memory.
+    #[error(
+        "{executable} needs {needed} blocks of the KV cache for {sequences} sequences of {kv_len} \
+         positions, and this machine has memory for {found}; give a smaller --kv-len, or an --executable \
+         for fewer sequences"
+    )]
+    KvCache {
+        /// Of which executable.
+        executable: String,
+        /// B.
+        sequences: usize,
+        /// Positions of each.
+        kv_len: usize,
+        /// Blocks.
+        needed: usize,
+        /// Blocks.
+        found: usize,
+    },
+    /// The device, or the bundle for it.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The device's.
+    #[error("{device} does not tell when its kernels ran")]
+    NoKernelTimes {
+        /// Its name.
+        device: String,
+    },
+    /// A GPU for which no times can be predicted: the user's mistake.
+    #[error("times of {target} cannot be predicted for {gpu}; known GPUs that run it: {}", known.join(", "))]
+    WrongGpu {
+        /// Asked for.
+        gpu: String,
+        /// What it should run.
+        target: String,
+        /// GPUs of the target.
+        known: Vec<&'static str>,
+    },
+    /// A bundle with sources alone: the user's mistake.
+    #[error(
+        "target {target} has no machine code, only sources; compile the bundle where NVRTC is \
+         (scripts/fetch-nvrtc)"
+    )]
+    NoMachineCode {
+        /// Of what.
+        target: String,
+    },
+    /// The bundle's files.
+    #[error("cannot read {path}: {problem}")]
+    File {
+        /// Which.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A peer that is to be measured beside.
+    #[error("cannot measure {name}: {problem}")]
+    Reference {
+        /// Which.
+        name: &'static str,
+        /// What went wrong.
+        problem: String,
+    },
+}

@@ -1,0 +1,278 @@
+//! Times the kernels of real steps on a device.
+//!
+//! Steps go to the device as the engine sends them, so that weights pass through the caches as they do
+//! in use. Keys and values are those of a real prompt, and from step to step the tokens and the blocks
+//! of sequences change. Steps with a clock around their kernels take turns with steps without, and the
+//! latter say how long a step takes.
+
+use crate::error::TableError;
+use crate::kinds::{Kind, kinds};
+use crate::steps::StepPlan;
+use crate::table::{Ceilings, Row, StepTable, Times};
+use kiln_bundle::{Executable, Phase, Target, work::Work};
+use kiln_runtime::device::{Device, KernelTime, LogitRows, SequenceStep, Step, StepOutput, Tokens};
+use kiln_runtime::{BlockCopy, Draw, blocks_for};
+use std::time::{Duration, Instant};
+
+/// Steps of a plan before those that count.
+const WARM_UP: usize = 2;
+/// Ids that every vocabulary of these models has.
+const IDS: usize = 200;
+
+/// A step's table, and what it does not say.
+pub struct Measured {
+    /// The table.
+    pub step: StepTable,
+    /// Of each of its rows.
+    pub kinds: Vec<Kind>,
+    /// The whole step, as the host sees it, with a clock around kernels.
+    pub clocked: Times,
+}
+
+/// Times `repeat` steps with and as many without a clock around kernels, for each plan. `progress` is
+/// called after each step that counts.
+///
+/// # Errors
+/// [`TableError::KvCache`], [`TableError::Device`], [`TableError::NoKernelTimes`].
+pub fn measure(
+    device: &mut dyn Device,
+    target: &Target,
+    plans: &[StepPlan],
+    ceilings: &Ceilings,
+    repeat: usize,
+    progress: &dyn Fn(),
+) -> Result<Vec<Measured>, TableError> {
+    let mut driver = Driver::new(device, plans)?;
+    driver.fill(plans)?;
+    let measured = plans
+        .iter()
+        .map(|plan| measure_step(&mut driver, target, plan, ceilings, repeat, progress));
+    measured.collect()
+}
+
+fn measure_step(
+    driver: &mut Driver<'_>,
+    target: &Target,
+    plan: &StepPlan,
+    ceilings: &Ceilings,
+    repeat: usize,
+    progress: &dyn Fn(),
+) -> Result<Measured, TableError> {
+    let executable = &target.executables[plan.executable];
+    let program = &target.programs[executable.program as usize];
+    for _ in 0..WARM_UP {
+        driver.step(plan, false)?;
+    }
+    let (mut plain, mut clocked, mut kernels) = (Vec::new(), Vec::new(), Vec::new());
+    for turn in 0..2 * repeat {
+        // With and without, without and with: neither always follows the other.
+        let with_clock = matches!(turn % 4, 0 | 3);
+        let (time, output) = driver.step(plan, with_clock)?;
+        if with_clock {
+            if output.kernel_times.len() != program.kernels.len() {
+                return Err(TableError::NoKernelTimes {
+                    device: driver.device.facts().name.clone(),
+                });
+            }
+            clocked.push(microseconds(time));
+            kernels.push(output.kernel_times);
+        } else {
+            plain.push(microseconds(time));
+        }
+        progress();
+    }
+    let kinds = kinds(target, program, plan, |_| ());
+    let time = Times::of(plain);
+    let row = |kind: &Kind| row(kind, &kernels, ceilings, time.median_us);
+    let step = step_table(executable, plan, kinds.iter().map(row).collect(), time);
+    Ok(Measured {
+        step,
+        kinds,
+        clocked: Times::of(clocked),
+    })
+}
+
+/// A row of the table, and the sum of its kernels' shares.
+fn row(kind: &Kind, steps: &[Vec<KernelTime>], ceilings: &Ceilings, step_us: f64) -> Row {
+    let count = kind.kernels.len();
+    let mean = |times: &Vec<KernelTime>| {
+        let sum: Duration = kind.kernels.iter().map(|&index| times[index].length).sum();
+        microseconds(sum) / count as f64
+    };
+    let time = Times::of(steps.iter().map(mean).collect());
+    Row {
+        kernel: kind.kernel.to_owned(),
+        spec: kind.spec.clone(),
+        shapes: kind.shapes.clone(),
+        format: kind.format.clone(),
+        count,
+        bytes: kind.work.bytes,
+        flops: kind.work.flops,
+        floor_us: floor_us(&kind.work, kind.integers, ceilings),
+        share_of_step: time.median_us * count as f64 / step_us,
+        time,
+        references: Vec::new(),
+        resources: None,
+        prepared_by: Vec::new(),
+    }
+}
+
+/// The longer of bytes and operations at the ceilings.
+fn floor_us(work: &Work, integers: bool, ceilings: &Ceilings) -> f64 {
+    let rate = match ceilings.integer_gop_per_s {
+        Some(rate) if integers => rate,
+        _ => ceilings.float_gflop_per_s,
+    };
+    (work.bytes / ceilings.read_gb_per_s).max(work.flops / rate) / 1e3
+}
+
+/// A step of these rows.
+pub(crate) fn step_table(
+    executable: &Executable,
+    plan: &StepPlan,
+    rows: Vec<Row>,
+    time: Times,
+) -> StepTable {
+    let sum =
+        |of: fn(&Row) -> f64| -> f64 { rows.iter().map(|row| of(row) * row.count as f64).sum() };
+    StepTable {
+        executable: executable.name.clone(),
+        phase: executable.phase,
+        sequences: plan.sequences,
+        tokens: plan.tokens(),
+        kv_len: plan.kv_len,
+        logit_rows: plan.logit_rows(),
+        floor_us: sum(|row| row.floor_us),
+        remainder_us: time.median_us - sum(|row| row.time.median_us),
+        rows,
+        time,
+    }
+}
+
+/// A device with the blocks of its KV cache dealt to sequences.
+struct Driver<'a> {
+    device: &'a mut dyn Device,
+    /// Of as many positions as the longest plan has, all written before decode is timed.
+    tables: Vec<Vec<u32>>,
+    /// Steps so far.
+    round: usize,
+    step: Step,
+}
+
+impl<'a> Driver<'a> {
+    /// Twice as many tables as the largest step has sequences, where there is room, so that a sequence's
+    /// keys and values lie elsewhere in the next step.
+    fn new(device: &'a mut dyn Device, plans: &[StepPlan]) -> Result<Driver<'a>, TableError> {
+        let blocks = plans.iter().map(|plan| blocks_for(plan.kv_len)).max();
+        let blocks = blocks.unwrap_or(1);
+        let found = device.facts().kv_blocks as usize;
+        let most = plans.iter().map(|plan| plan.sequences).max().unwrap_or(1);
+        let count = (2 * most).min(found / blocks);
+        if let Some(plan) = plans.iter().find(|plan| plan.sequences > count) {
+            return Err(TableError::KvCache {
+                executable: device.executables()[plan.executable].name.clone(),
+                sequences: plan.sequences,
+                kv_len: plan.kv_len,
+                needed: plan.sequences * blocks,
+                found,
+            });
+        }
+        let table = |index: usize| (index * blocks..(index + 1) * blocks).map(|block| block as u32);
+        Ok(Driver {
+            device,
+            tables: (0..count).map(|index| table(index).collect()).collect(),
+            round: 0,
+            step: Step::default(),
+        })
+    }
+
+    /// Writes keys and values wherever decode will read: a prompt into the first table, and copies of it
+    /// into the others.
+    fn fill(&mut self, plans: &[StepPlan]) -> Result<(), TableError> {
+        let executables = self.device.executables().to_vec();
+        let decode = |plan: &&StepPlan| executables[plan.executable].phase == Phase::Decode;
+        let decodes = plans.iter().filter(decode);
+        let Some(positions) = decodes.map(|plan| plan.kv_len).max() else {
+            return Ok(());
+        };
+        let prefills = executables.iter().enumerate();
+        let prefill = prefills
+            .filter(|(_, executable)| executable.phase == Phase::Prefill)
+            .max_by_key(|(_, executable)| executable.bounds.max_tokens);
+        let Some((executable, bucket)) = prefill else {
+            return Ok(());
+        };
+        for past in (0..positions).step_by(bucket.bounds.max_tokens.max(1) as usize) {
+            let end = positions.min(past + bucket.bounds.max_tokens as usize);
+            let ids: Vec<u32> = (past..end).map(|position| id(0, position)).collect();
+            self.step.clear();
+            self.step.executable = executable;
+            self.step.push(&SequenceStep {
+                slot: 0,
+                tokens: Tokens::Ids(&ids),
+                past_len: past as u32,
+                block_table: &self.tables[0],
+                logit_rows: LogitRows::Last,
+                draw: Some(Draw::GREEDY),
+            });
+            self.run()?;
+        }
+        // Once more: a step's copies are made before its kernels.
+        self.step.copies = self.copies();
+        self.run()?;
+        Ok(())
+    }
+
+    /// From the first table to each of the others.
+    fn copies(&self) -> Vec<BlockCopy> {
+        let others = self.tables[1..].iter().flat_map(|table| {
+            let pairs = self.tables[0].iter().zip(table);
+            pairs.map(|(&from, &to)| BlockCopy { from, to })
+        });
+        others.collect()
+    }
+
+    /// The next step of a plan: other tokens than in the last one, other blocks.
+    fn step(
+        &mut self,
+        plan: &StepPlan,
+        kernel_times: bool,
+    ) -> Result<(Duration, StepOutput), TableError> {
+        self.step.clear();
+        self.step.executable = plan.executable;
+        self.step.observe.kernel_times = kernel_times;
+        let mut ids = Vec::new();
+        for sequence in 0..plan.sequences {
+            let place = self.round * plan.sequences + sequence;
+            ids.clear();
+            ids.extend((plan.past()..plan.kv_len).map(|position| id(place + 1, position)));
+            self.step.push(&SequenceStep {
+                slot: sequence as u32,
+                tokens: Tokens::Ids(&ids),
+                past_len: plan.past() as u32,
+                block_table: &self.tables[place % self.tables.len()],
+                logit_rows: LogitRows::Last,
+                draw: Some(Draw::GREEDY),
+            });
+        }
+        self.round += 1;
+        self.run()
+    }
+
+    fn run(&mut self) -> Result<(Duration, StepOutput), TableError> {
+        let start = Instant::now();
+        let id = self.device.submit(&self.step)?;
+        let output = self.device.collect(id)?;
+        Ok((start.elapsed(), output))
+    }
+}
+
+/// Arbitrary ids, the same for the same place.
+fn id(salt: usize, position: usize) -> u32 {
+    let mixed = position.wrapping_mul(7919) ^ salt.wrapping_mul(104_729);
+    (3 + mixed % IDS) as u32
+}
+
+fn microseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}

@@ -1,0 +1,283 @@
+//! A table as text.
+
+use crate::table::{KernelResources, ModelTable, Row, Source, StepTable, Table};
+use comfy_table::{CellAlignment, Table as Text, presets};
+use std::fmt::Write;
+
+/// Instructions that are shown: products of tensor cores, and what reaches memory.
+const TELLING: [&str; 9] = [
+    "HMMA", "LDG", "LDGSTS", "LDS", "LDL", "STG", "STS", "STL", "ATOMG",
+];
+
+/// All of a table.
+pub fn text(table: &Table) -> String {
+    let mut text = String::new();
+    let machine = &table.machine;
+    let _ = write!(
+        text,
+        "{}: {:.1} GB/s, {:.0} GFLOP/s",
+        machine.device, machine.ceilings.read_gb_per_s, machine.ceilings.float_gflop_per_s
+    );
+    if let Some(rate) = machine.ceilings.integer_gop_per_s {
+        let _ = write!(text, ", {rate:.0} GOP/s of integers");
+    }
+    let measured = |model: &ModelTable| model.source == Source::Measured;
+    let _ = writeln!(
+        text,
+        "; {}",
+        match table.models.iter().any(measured) {
+            true => "measured in this run",
+            false => "of the datasheet",
+        }
+    );
+    for model in &table.models {
+        for step in &model.steps {
+            let _ = writeln!(text, "\n{}", step_text(model, step));
+        }
+    }
+    if table.models.iter().any(measured) {
+        text += "\nlimit: the time that bytes or operations need at the rates above, over the time taken. \
+                 What a cache holds can be faster.\n";
+    }
+    text
+}
+
+fn step_text(model: &ModelTable, step: &StepTable) -> String {
+    let plural = |count: usize| if count == 1 { "" } else { "s" };
+    let mut text = format!(
+        "{} {} ({}), {}: {} sequence{}, {} new token{}, {} positions each\n",
+        model.model,
+        model.weights,
+        model.target,
+        step.executable,
+        step.sequences,
+        plural(step.sequences),
+        step.tokens,
+        plural(step.tokens),
+        step.kv_len
+    );
+    text += &match model.source {
+        Source::Measured => measured(step),
+        Source::Predicted => {
+            "PREDICTED from bytes, operations and a datasheet; nothing was measured\n".to_owned()
+                + &predicted(step)
+        }
+    };
+    text
+}
+
+fn measured(step: &StepTable) -> String {
+    let mut references: Vec<(String, String)> = Vec::new();
+    for reference in step.rows.iter().flat_map(|row| &row.references) {
+        let key = (reference.name.clone(), reference.format.clone());
+        if !references.contains(&key) {
+            references.push(key);
+        }
+    }
+    let mut table = new_table(
+        &[
+            "kernel",
+            "shapes",
+            "format",
+            "count",
+            "MB",
+            "MFLOP",
+            "median us",
+            "min",
+            "p95",
+            "GB/s",
+            "GFLOP/s",
+            "limit",
+            "step",
+        ]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(
+            references
+                .iter()
+                .map(|(name, format)| format!("{name} {format}")),
+        )
+        .collect::<Vec<_>>(),
+    );
+    for row in &step.rows {
+        let mut cells = common(row);
+        cells.extend([
+            format!("{:.1}", row.time.median_us),
+            format!("{:.1}", row.time.min_us),
+            format!("{:.1}", row.time.p95_us),
+            format!("{:.1}", row.gb_per_s()),
+            format!("{:.1}", row.gflop_per_s()),
+            percent(row.share_of_limit()),
+            percent(row.share_of_step),
+        ]);
+        for (name, format) in &references {
+            let mut all = row.references.iter();
+            let found = all.find(|found| (&found.name, &found.format) == (name, format));
+            cells.push(found.map_or(String::new(), |found| {
+                format!("{:.2}x", found.time.median_us / row.time.median_us)
+            }));
+        }
+        table.add_row(cells);
+    }
+    let kernels_us = step.time.median_us - step.remainder_us;
+    table.add_row(total(
+        step,
+        [
+            format!("{kernels_us:.1}"),
+            String::new(),
+            String::new(),
+            format!("{:.1}", sum(step, |row| row.bytes) / kernels_us / 1e3),
+            format!("{:.1}", sum(step, |row| row.flops) / kernels_us / 1e3),
+            percent(step.floor_us / kernels_us),
+            percent(kernels_us / step.time.median_us),
+        ],
+    ));
+    let mut text = format!(
+        "{}\nstep {:.1} us (min {:.1}, p95 {:.1}) = kernels {kernels_us:.1} + remainder {:.1} ({}); sum of \
+         floors {:.1} us ({} of the step)\n",
+        table.trim_fmt(),
+        step.time.median_us,
+        step.time.min_us,
+        step.time.p95_us,
+        step.remainder_us,
+        percent(step.remainder_us / step.time.median_us),
+        step.floor_us,
+        percent(step.floor_us / step.time.median_us),
+    );
+    if !references.is_empty() {
+        text += "references: their time over this one's; above 1, kiln is faster\n";
+    }
+    text
+}
+
+fn predicted(step: &StepTable) -> String {
+    let mut table = new_table(
+        &[
+            "kernel",
+            "shapes",
+            "format",
+            "count",
+            "MB",
+            "MFLOP",
+            "predicted us",
+            "floor us",
+            "step",
+            "grid",
+            "threads",
+            "registers",
+            "shared KiB",
+            "spill B",
+            "blocks/SM",
+            "occupancy",
+            "instructions",
+        ]
+        .map(str::to_owned),
+    );
+    for row in &step.rows {
+        let mut cells = common(row);
+        cells.extend([
+            format!("{:.2}", row.time.median_us),
+            format!("{:.2}", row.floor_us),
+            percent(row.share_of_step),
+        ]);
+        cells.extend(row.resources.iter().flat_map(resources));
+        table.add_row(cells);
+        for launch in &row.prepared_by {
+            let source = launch.source.rsplit('/').next().unwrap_or_default();
+            let mut cells = vec![format!("  after {}", source.trim_end_matches(".cu"))];
+            cells.extend(std::iter::repeat_n(String::new(), 8));
+            cells.extend(resources(launch));
+            table.add_row(cells);
+        }
+    }
+    table.add_row(total(
+        step,
+        [
+            format!("{:.2}", step.time.median_us),
+            format!("{:.2}", step.floor_us),
+            percent(1.0),
+        ],
+    ));
+    format!("{}\n", table.trim_fmt())
+}
+
+fn resources(launch: &KernelResources) -> [String; 8] {
+    let by = |[x, y, z]: [u32; 3]| match z {
+        1 => format!("{x}x{y}"),
+        _ => format!("{x}x{y}x{z}"),
+    };
+    let telling = launch.instructions.iter();
+    let telling = telling.filter(|(kind, _)| {
+        let operation = kind.split('.').next().unwrap_or_default();
+        TELLING.contains(&operation)
+    });
+    let instructions: Vec<String> = telling
+        .map(|(kind, count)| format!("{kind} {count}"))
+        .chain(match launch.instructions.is_empty() {
+            true => None,
+            false => Some(format!(
+                "all {}",
+                launch
+                    .instructions
+                    .iter()
+                    .map(|(_, count)| count)
+                    .sum::<u32>()
+            )),
+        })
+        .collect();
+    [
+        by(launch.grid),
+        launch.block[0].to_string(),
+        launch.registers.to_string(),
+        format!("{:.1}", f64::from(launch.smem_bytes) / 1024.0),
+        launch.spill_bytes.to_string(),
+        launch.blocks_per_multiprocessor.to_string(),
+        percent(launch.occupancy),
+        instructions.join(", "),
+    ]
+}
+
+/// What both kinds of tables begin with.
+fn common(row: &Row) -> Vec<String> {
+    vec![
+        row.spec.clone(),
+        row.shapes.clone(),
+        row.format.clone(),
+        row.count.to_string(),
+        format!("{:.3}", row.bytes / 1e6),
+        format!("{:.3}", row.flops / 1e6),
+    ]
+}
+
+fn total<const N: usize>(step: &StepTable, rest: [String; N]) -> Vec<String> {
+    let mut cells = vec!["all".to_owned(), String::new(), String::new()];
+    cells.push(
+        step.rows
+            .iter()
+            .map(|row| row.count)
+            .sum::<usize>()
+            .to_string(),
+    );
+    cells.push(format!("{:.3}", sum(step, |row| row.bytes) / 1e6));
+    cells.push(format!("{:.3}", sum(step, |row| row.flops) / 1e6));
+    cells.extend(rest);
+    cells
+}
+
+fn sum(step: &StepTable, of: fn(&Row) -> f64) -> f64 {
+    step.rows.iter().map(|row| of(row) * row.count as f64).sum()
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+/// The first three columns are text, the others numbers.
+fn new_table(header: &[String]) -> Text {
+    let mut table = Text::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    for column in table.column_iter_mut().skip(3) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
