@@ -4,9 +4,14 @@
 
 use kiln_bundle::{DType, Phase, WeightFormat};
 use serde::{Deserialize, Serialize};
+use std::{fs::File, io, io::Read, path::Path};
 
 /// Version of the file; a reader refuses any other.
 pub const TABLE_VERSION: u32 = 1;
+/// Most bytes of a file that is read.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+/// Most samples of one thing.
+const MAX_SAMPLES: usize = 10_000;
 
 /// Figures of one run on one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,6 +28,100 @@ pub struct Table {
     pub machine: Machine,
     /// One for each bundle and target.
     pub models: Vec<ModelTable>,
+}
+
+impl Table {
+    /// Reads a table that `kiln-perf table` has written.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is none of this version, or holds figures that no run has.
+    pub fn read(path: &Path) -> Result<Table, TableError> {
+        let mut text = String::new();
+        File::open(path)
+            .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text))
+            .and_then(|bytes| match bytes as u64 > MAX_FILE_BYTES {
+                true => Err(io::ErrorKind::FileTooLarge.into()),
+                false => Ok(()),
+            })
+            .map_err(|source| TableError::Read {
+                path: path.display().to_string(),
+                source,
+            })?;
+        Table::parse(&text).map_err(|problem| TableError::Malformed {
+            path: path.display().to_string(),
+            problem,
+        })
+    }
+
+    fn parse(text: &str) -> Result<Table, String> {
+        /// What every version has.
+        #[derive(Deserialize)]
+        struct Head {
+            version: u32,
+            kiln_version: String,
+        }
+        let not_json = |e: serde_json::Error| format!("it is no table of kiln-perf: {e}");
+        let head: Head = serde_json::from_str(text).map_err(not_json)?;
+        if head.version != TABLE_VERSION {
+            return Err(format!(
+                "kiln {} wrote it as version {}, this kiln-perf reads version {TABLE_VERSION}; \
+                 make it again with `kiln-perf table`",
+                head.kiln_version, head.version
+            ));
+        }
+        let table: Table = serde_json::from_str(text).map_err(not_json)?;
+        table.check()?;
+        Ok(table)
+    }
+
+    /// Whether its figures can be computed with.
+    fn check(&self) -> Result<(), String> {
+        let ceilings = &self.machine.ceilings;
+        let rates = [
+            Some(ceilings.read_gb_per_s),
+            Some(ceilings.float_gflop_per_s),
+            ceilings.integer_gop_per_s,
+        ];
+        if rates.into_iter().flatten().any(|rate| !is_positive(rate)) {
+            return Err("a ceiling of the machine is not above 0".to_owned());
+        }
+        for model in &self.models {
+            for step in &model.steps {
+                let place = format!("{} {}, {}", model.model, model.target, step.executable);
+                step.check().map_err(|e| format!("{place}: {e}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a table is not read: a mistake in the file, or in its name.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// Not there, not text, or more than 64 MiB.
+    #[error("{path} cannot be read: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Not of this version, or its figures are none.
+    #[error("{path}: {problem}")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+fn is_positive(value: f64) -> bool {
+    value.is_finite() && value > 0.0
+}
+
+fn is_amount(value: f64) -> bool {
+    value.is_finite() && value >= 0.0
 }
 
 /// Where figures come from.
@@ -99,6 +198,31 @@ pub struct StepTable {
     pub remainder_us: f64,
 }
 
+impl StepTable {
+    /// B, T and KV length: `B 1, T 1, KV 256`.
+    pub fn size(&self) -> String {
+        let (sequences, tokens, kv_len) = (self.sequences, self.tokens, self.kv_len);
+        format!("B {sequences}, T {tokens}, KV {kv_len}")
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.time.check().map_err(|e| format!("the step: {e}"))?;
+        if !is_positive(self.time.median_us) {
+            return Err("the step takes no time".to_owned());
+        }
+        if !is_amount(self.floor_us) || !self.remainder_us.is_finite() {
+            return Err("the step's floor or remainder is no time".to_owned());
+        }
+        if self.sequences == 0 || self.tokens < self.sequences || self.kv_len == 0 {
+            return Err(format!("a step of {} does not exist", self.size()));
+        }
+        for row in &self.rows {
+            row.check().map_err(|e| format!("{:?}: {e}", row.spec))?;
+        }
+        Ok(())
+    }
+}
+
 /// Kernels of a step that are alike: of one spec and shape, whatever their layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -131,6 +255,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// Of all of them in a step.
+    pub fn total_us(&self) -> f64 {
+        self.count as f64 * self.time.median_us
+    }
+
     /// Bytes over time.
     pub fn gb_per_s(&self) -> f64 {
         self.bytes / self.time.median_us / 1e3
@@ -144,6 +273,19 @@ impl Row {
     /// Of the limit: the floor over the time, 1 at the best.
     pub fn share_of_limit(&self) -> f64 {
         self.floor_us / self.time.median_us
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let amounts = [self.bytes, self.flops, self.floor_us, self.share_of_step];
+        if self.count == 0 || !amounts.into_iter().all(is_amount) {
+            return Err(format!(
+                "count is {}, bytes, flops, floor and share are {amounts:?}; none can be negative, \
+                 and the count not 0",
+                self.count
+            ));
+        }
+        let references = self.references.iter().map(|reference| &reference.time);
+        references.chain([&self.time]).try_for_each(Times::check)
     }
 }
 
@@ -173,6 +315,20 @@ impl Times {
             min_us: at(0),
             p95_us: at((last * 19).div_ceil(20)),
             samples_us,
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let summary = [self.min_us, self.median_us, self.p95_us];
+        let in_order = summary.is_sorted() && self.samples_us.len() <= MAX_SAMPLES;
+        let mut all = summary.iter().chain(&self.samples_us);
+        match in_order && all.all(|&us| is_amount(us)) {
+            true => Ok(()),
+            false => Err(format!(
+                "minimum, median and 95th percentile are {summary:?} of {} samples; needed are times \
+                 in this order, of {MAX_SAMPLES} samples at most",
+                self.samples_us.len()
+            )),
         }
     }
 

@@ -1,20 +1,68 @@
-//! The command line.
+//! The command line. Results go to standard output, everything else to standard error.
+//!
+//! Exit codes: 0 done, 1 failed or slower, 2 wrong usage.
+
+mod compare;
+mod report;
 
 use clap::{Parser, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// The kernel performance table: where a step's time goes, and what is left to the limit
 #[derive(Parser)]
-#[command(name = "kiln-perf", version)]
+#[command(name = "kiln-perf", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Tell what is slower in a new table than in an old one
+    Compare(compare::CompareArgs),
+    /// Make a page of tables
+    Report(report::ReportArgs),
+}
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    match Cli::parse().command {}
+    let result = match Cli::parse().command {
+        Command::Compare(args) => compare::run(&args),
+        Command::Report(args) => report::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {}", describe(&error));
+        ExitCode::FAILURE
+    })
+}
+
+/// The error with those of its causes that it does not mention itself.
+fn describe(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// A table whose columns behind the first few are figures.
+fn table(header: &[&str], names: usize) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    for column in table.column_iter_mut().skip(names) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// Writes to standard output; a reader that has seen enough is no failure.
+fn print(text: &str) -> io::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }
