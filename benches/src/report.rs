@@ -235,7 +235,7 @@ impl<'a> Colours<'a> {
     fn legend(&self) -> Vec<(usize, String)> {
         let specs = self.0.iter().enumerate();
         specs
-            .map(|(index, &spec)| (index % COLOURS, spec.to_owned()))
+            .map(|(index, &spec)| (index % COLOURS, words(spec)))
             .collect()
     }
 }
@@ -273,7 +273,12 @@ fn card(
         .enumerate()
         .map(|(index, row)| {
             let href = row_id(section, number, index);
-            part(row.total_us(), Some(colours.get(row)), &row.spec, href)
+            part(
+                row.total_us(),
+                Some(colours.get(row)),
+                &words(&row.spec),
+                href,
+            )
         })
         .collect();
     let remainder_us = median_us - kernels_us;
@@ -295,7 +300,7 @@ fn card(
         let percent = 100.0 * row.share_of_limit();
         Bar {
             colour: colours.get(row),
-            name: row.spec.clone(),
+            name: words(&row.spec),
             href: row_id(section, number, index),
             time: match row.count {
                 1 => time(row.total_us()),
@@ -326,12 +331,12 @@ fn card(
     }
 }
 
-/// What a kernel's floor is made of.
+/// Which ceiling a kernel's floor lies at.
 fn limit(table: &Table, row: &Row) -> &'static str {
     let bytes_us = row.bytes / table.machine.ceilings.read_gb_per_s / 1e3;
     match row.floor_us > 1.01 * bytes_us {
-        true => "compute",
-        false => "memory",
+        true => "peak",
+        false => "bandwidth",
     }
 }
 
@@ -424,7 +429,7 @@ fn roofline(
             step.phase == Phase::Prefill,
             format!(
                 "{}, {}: {}, {:.1} GB/s",
-                row.spec,
+                words(&row.spec),
                 step.executable,
                 rate(row.gflop_per_s()),
                 row.gb_per_s()
@@ -467,18 +472,22 @@ fn length_scaling(section: usize, model: &ModelTable) -> Vec<Figure> {
         let bound = bucket_bound(executable).unwrap_or(0.0).max(longest.0);
         let whole = fit.at(bound);
         let x = Axis::horizontal(Scale::Linear, [bound]);
-        let y = Axis::vertical(
-            Scale::Linear,
-            places.iter().map(|place| place.1).chain([whole]),
-        );
+        let y = places.iter().map(|place| place.1).chain([whole]);
+        let y = Axis::vertical(Scale::Linear, y.map(milliseconds));
         let name = "Decode attention by length";
-        let mut plot = Plot::new(name, ("KV length, positions", x), ("µs a step", y));
-        plot.line("fit", [(0.0, fit.at(0.0)), (bound, whole)]);
-        plot.line("simulated", [(0.0, whole), (bound, whole)]);
+        let mut plot = Plot::new(name, ("KV length, positions", x), ("ms a step", y));
+        plot.line("fit", [0.0, bound].map(|x| (x, milliseconds(fit.at(x)))));
+        plot.line("simulated", [0.0, bound].map(|x| (x, milliseconds(whole))));
         for (number, index, kv_len, us) in points {
             let title = format!("KV {kv_len}: {}", time(us));
             let href = row_id(section, number, index);
-            plot.mark((kv_len, us), "k0".to_owned(), false, title, href);
+            plot.mark(
+                (kv_len, milliseconds(us)),
+                "k0".to_owned(),
+                false,
+                title,
+                href,
+            );
         }
         Some(Figure {
             title: format!("{name}: {executable}, B {sequences}"),
@@ -528,24 +537,22 @@ fn batch_scaling(model: &ModelTable) -> Option<Figure> {
     if batches.len() < 2 {
         return None;
     }
-    let alone = |batch: usize| first_us * batch as f64 / first as f64;
-    let places = batches.iter().map(|(&batch, &us)| (batch as f64, us));
+    let alone = |batch: usize| milliseconds(first_us * batch as f64 / first as f64);
+    let places = batches
+        .iter()
+        .map(|(&batch, &us)| (batch as f64, milliseconds(us)));
     let largest = batches.keys().copied().max().unwrap_or(first);
     let x = Axis::horizontal(Scale::Linear, [largest as f64]);
-    let y = Axis::vertical(
-        Scale::Linear,
-        batches.values().copied().chain([alone(largest)]),
-    );
-    let mut plot = Plot::new("Decode by batch", ("B, sequences", x), ("µs a step", y));
+    let y = places.clone().map(|place| place.1).chain([alone(largest)]);
+    let y = Axis::vertical(Scale::Linear, y);
+    let mut plot = Plot::new("Decode by batch", ("B, sequences", x), ("ms a step", y));
     plot.set_x_ticks(batches.keys().map(|&batch| batch as f64));
-    plot.line(
-        "simulated",
-        [first, largest].map(|batch| (batch as f64, alone(batch))),
-    );
+    let line = [first, largest].map(|batch| (batch as f64, alone(batch)));
+    plot.line("simulated", line);
     plot.line("fit", places.clone());
-    for (batch, us) in places {
-        let title = format!("B {batch}: {}", time(us));
-        plot.mark((batch, us), "k0".to_owned(), false, title, String::new());
+    for (batch, ms) in places {
+        let title = format!("B {batch}: {ms:.3} ms");
+        plot.mark((batch, ms), "k0".to_owned(), false, title, String::new());
     }
     let rates = batches
         .iter()
@@ -586,7 +593,7 @@ impl Page<'_> {
 fn step_text(section: usize, number: usize, step: &StepTable, sources: &Sources) -> Step {
     let rows = step.rows.iter().enumerate().map(|(index, row)| RowText {
         id: row_id(section, number, index),
-        kernel: row.spec.clone(),
+        kernel: words(&row.spec),
         spec: format!("{} × {}, {}", row.count, row.shapes, row.format),
         cells: vec![
             time(row.time.median_us),
@@ -752,6 +759,15 @@ pub fn markdown_text(text: &str) -> String {
         }
     }
     escaped
+}
+
+fn milliseconds(us: f64) -> f64 {
+    us / 1e3
+}
+
+/// A spec with its arrows drawn, which lines do not break at.
+fn words(spec: &str) -> String {
+    spec.replace(" -> ", "\u{a0}→\u{a0}")
 }
 
 /// Three places, with the unit that suits.

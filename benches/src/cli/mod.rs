@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed or slower, 2 wrong usage.
 
 mod compare;
+mod instructions;
 mod report;
 
 use clap::{Parser, Subcommand};
@@ -24,6 +25,8 @@ enum Command {
     Compare(compare::CompareArgs),
     /// Make a page of tables
     Report(report::ReportArgs),
+    /// Count what CPU kernels execute, with valgrind, and fail where it has become more
+    Instructions(instructions::InstructionsArgs),
 }
 
 /// Runs the program.
@@ -31,6 +34,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Compare(args) => compare::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Instructions(args) => instructions::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", describe(&error));

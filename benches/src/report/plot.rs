@@ -340,14 +340,8 @@ mod tests {
         let axis = Axis::horizontal(Scale::Linear, [16.0, 2048.0]);
         assert_eq!(labels(&axis.ticks()), ["0", "500", "1000", "1500", "2000"]);
         let axis = Axis::vertical(Scale::Log, [0.3, 989_000.0]);
-        assert_eq!(
-            labels(&axis.ticks()),
-            ["0.1", "1", "10", "100", "1000", "10k", "100k", "1M"][..]
-                .iter()
-                .copied()
-                .step_by(2)
-                .collect::<Vec<_>>()
-        );
+        let every_other = ["0.1", "10", "1000", "100k", "10M"];
+        assert_eq!(labels(&axis.ticks()), every_other);
         let axis = Axis::horizontal(Scale::Log, [0.3, 130.0]);
         assert_eq!(labels(&axis.ticks()), ["0.1", "1", "10", "100", "1000"]);
         assert_eq!((axis.at(0.1), axis.at(1000.0)), (LEFT, WIDTH - RIGHT));
