@@ -9,7 +9,7 @@ mod plot;
 use crate::table::{ModelTable, Row, Source, StepTable, Table};
 use askama::Template;
 use kiln_bundle::Phase;
-use plot::{Axis, Fit, Label, Plot, Scale};
+use plot::{Axis, Fit, Plot, Scale};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -394,33 +394,10 @@ fn roofline(
     let bandwidth = |intensity: f64| intensity * ceilings.read_gb_per_s;
     // Both axes clip to their ends, which would bend the line.
     let start = x.low().max(y.low() / ceilings.read_gb_per_s);
-    plot.line("roof", [(start, bandwidth(start)), (ridge, highest)]);
-    let (from, to) = (
-        (x.at(start), y.at(bandwidth(start))),
-        (x.at(ridge), y.at(highest)),
-    );
-    let angle = (to.1 - from.1).atan2(to.0 - from.0);
-    plot.labels.push(Label {
-        x: (from.0 + to.0) / 2.0 + 6.0 * angle.sin(),
-        y: (from.1 + to.1) / 2.0 - 6.0 * angle.cos(),
-        angle: angle.to_degrees(),
-        anchor: "middle",
-        text: format!("reads {:.1} GB/s", ceilings.read_gb_per_s),
-    });
+    plot.line("float", [(start, bandwidth(start)), (ridge, highest)]);
     for &(name, peak) in &peaks {
-        plot.line(
-            "roof",
-            [(peak / ceilings.read_gb_per_s, peak), (x.high(), peak)],
-        );
-        // Of two the lower one is named below its line.
-        let offset = if peak < highest { 13.0 } else { -5.0 };
-        plot.labels.push(Label {
-            x: x.at(x.high()) - 2.0,
-            y: y.at(peak) + offset,
-            angle: 0.0,
-            anchor: "end",
-            text: format!("{name} {}", rate(peak)),
-        });
+        let ridge = peak / ceilings.read_gb_per_s;
+        plot.line(name, [(ridge, peak), (x.high(), peak)]);
     }
     for (number, index, step, row, place) in points {
         plot.mark(
@@ -437,10 +414,18 @@ fn roofline(
             row_id(section, number, index),
         );
     }
+    let mut lines = vec![
+        ("circle", "decode".to_owned()),
+        ("square", "prefill".to_owned()),
+    ];
+    lines.extend(peaks.iter().map(|&(name, peak)| {
+        let reads = ceilings.read_gb_per_s;
+        (name, format!("{reads:.1} GB/s, {name} {}", rate(peak)))
+    }));
     Figure {
         title: "Roofline".to_owned(),
         plot,
-        lines: vec![("circle", "decode".to_owned()), ("square", "prefill".to_owned())],
+        lines,
         text: "Each mark is a kernel of a step above. What lies on a line uses all that the machine has \
                of it; above it, data came from caches."
             .to_owned(),
@@ -501,10 +486,10 @@ fn length_scaling(section: usize, model: &ModelTable) -> Vec<Figure> {
                 ),
             ],
             text: format!(
-                "Slope {:.2} ns a position, intercept {}, R² {:.4}. A design that reads the whole \
+                "Slope {} a position, intercept {}, R² {:.4}. A design that reads the whole \
                  bucket, simulated from the line, takes {} at every length: {:.1} times as long at {} \
                  positions.",
-                1e3 * fit.slope,
+                time(fit.slope),
                 time(fit.intercept),
                 fit.r_squared,
                 time(whole),
@@ -775,6 +760,7 @@ fn time(us: f64) -> String {
     let (value, unit) = match us.abs() {
         size if size >= 1e6 => (us / 1e6, "s"),
         size if size >= 1e3 => (us / 1e3, "ms"),
+        size if size > 0.0 && size < 0.1 => (us * 1e3, "ns"),
         _ => (us, "µs"),
     };
     let places = match value.abs() {

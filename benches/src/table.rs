@@ -392,4 +392,63 @@ mod tests {
         assert_eq!(Times::of(vec![3.0, 1.0]).median_us, 2.0);
         assert!(Times::of(vec![]).median_us.is_nan());
     }
+
+    /// What reading says of a table that was changed.
+    fn problem(change: impl FnOnce(&mut Table)) -> String {
+        let mut table = crate::testing::table(1);
+        change(&mut table);
+        Table::parse(&serde_json::to_string(&table).unwrap()).unwrap_err()
+    }
+
+    #[test]
+    fn a_table_is_read_as_it_was_written() {
+        for table in [crate::testing::table(1), crate::testing::predicted_table()] {
+            let text = serde_json::to_string(&table).unwrap();
+            let read = Table::parse(&text).unwrap();
+            // The last bit of a number may differ.
+            assert_eq!(format!("{read:.6?}"), format!("{table:.6?}"));
+        }
+    }
+
+    #[test]
+    fn other_versions_are_refused_whatever_they_hold() {
+        let text = r#"{"version": 9, "kiln_version": "7.0", "models": 3}"#;
+        let problem = Table::parse(text).unwrap_err();
+        assert!(
+            problem.contains("kiln 7.0 wrote it as version 9"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn figures_that_no_run_has_are_refused() {
+        let row = |change: fn(&mut Row)| problem(|t| change(&mut t.models[0].steps[0].rows[1]));
+        let step = |change: fn(&mut StepTable)| problem(|t| change(&mut t.models[0].steps[0]));
+        for (problem, expected) in [
+            (row(|row| row.count = 0), "count is 0"),
+            (row(|row| row.bytes = -1.0), "-1.0"),
+            (
+                row(|row| row.time.min_us = 2.0 * row.time.p95_us),
+                "in this order",
+            ),
+            (row(|row| row.time.samples_us[3] = -1.0), "in this order"),
+            (
+                row(|row| row.time.samples_us = vec![1.0; MAX_SAMPLES + 1]),
+                "at most",
+            ),
+            (
+                step(|step| step.time = Times::predicted(0.0)),
+                "takes no time",
+            ),
+            (step(|step| step.tokens = 0), "does not exist"),
+            (
+                problem(|t| t.machine.ceilings.read_gb_per_s = 0.0),
+                "ceiling",
+            ),
+            // JSON has no such number.
+            (row(|row| row.flops = f64::NAN), "null"),
+        ] {
+            assert!(problem.contains(expected), "{problem}");
+        }
+    }
 }

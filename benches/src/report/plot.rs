@@ -4,12 +4,12 @@
 use std::fmt::Write;
 
 /// Of the whole figure.
-pub const WIDTH: f64 = 400.0;
+pub const WIDTH: f64 = 340.0;
 /// Of the whole figure.
-pub const HEIGHT: f64 = 280.0;
+pub const HEIGHT: f64 = 260.0;
 /// Around the plot; room for the numbers of the axes.
-const LEFT: f64 = 50.0;
-const RIGHT: f64 = 14.0;
+const LEFT: f64 = 44.0;
+const RIGHT: f64 = 18.0;
 const TOP: f64 = 26.0;
 const BOTTOM: f64 = 40.0;
 /// Least distance of the numbers of the horizontal axis.
@@ -182,20 +182,6 @@ pub struct Line {
     pub class: &'static str,
 }
 
-/// Text in the plot.
-pub struct Label {
-    /// Where it begins, ends, or has its middle.
-    pub x: f64,
-    /// Its base line.
-    pub y: f64,
-    /// Degrees.
-    pub angle: f64,
-    /// `start`, `middle` or `end`.
-    pub anchor: &'static str,
-    /// The text.
-    pub text: String,
-}
-
 /// A figure.
 pub struct Plot {
     /// What it shows.
@@ -212,8 +198,6 @@ pub struct Plot {
     pub lines: Vec<Line>,
     /// Above the lines.
     pub marks: Vec<Mark>,
-    /// Above the marks.
-    pub labels: Vec<Label>,
     x: Axis,
     y: Axis,
 }
@@ -229,7 +213,6 @@ impl Plot {
             y_ticks: y.1.ticks(),
             lines: vec![],
             marks: vec![],
-            labels: vec![],
             x: x.1,
             y: y.1,
         }
