@@ -357,39 +357,17 @@ fn roofline(
     .collect();
     let highest = peaks.iter().map(|peak| peak.1).fold(0.0, f64::max);
     let ridge = highest / ceilings.read_gb_per_s;
-    let points: Vec<(usize, usize, &StepTable, &Row, (f64, f64))> = shown
-        .iter()
-        .map(|&number| (number, &model.steps[number]))
-        .flat_map(|(number, step)| {
-            (0..)
-                .zip(&step.rows)
-                .map(move |(i, row)| (number, i, step, row))
-        })
-        .filter(|(.., row)| row.bytes > 0.0 && row.flops > 0.0 && row.time.median_us > 0.0)
-        .map(|(number, i, step, row)| {
-            (
-                number,
-                i,
-                step,
-                row,
-                (row.flops / row.bytes, row.gflop_per_s()),
-            )
-        })
-        .collect();
-    let x = Axis::horizontal(
-        Scale::Log,
-        points
-            .iter()
-            .map(|point| point.4.0)
-            .chain([ridge * 3.0, ridge / 30.0]),
-    );
-    let y = Axis::vertical(
-        Scale::Log,
-        points
-            .iter()
-            .map(|point| point.4.1)
-            .chain([highest * 1.3, highest / 100.0]),
-    );
+    // Of each shown step by its number.
+    let mut rows: Vec<(usize, usize, &Row)> = Vec::new();
+    for &number in shown {
+        let step = (0..).zip(&model.steps[number].rows);
+        rows.extend(step.map(|(index, row)| (number, index, row)));
+    }
+    rows.retain(|(_, _, row)| row.bytes > 0.0 && row.flops > 0.0 && row.time.median_us > 0.0);
+    let intensities = rows.iter().map(|(_, _, row)| row.flops / row.bytes);
+    let x = Axis::horizontal(Scale::Log, intensities.chain([ridge * 3.0, ridge / 30.0]));
+    let rates = rows.iter().map(|(_, _, row)| row.gflop_per_s());
+    let y = Axis::vertical(Scale::Log, rates.chain([highest * 1.3, highest / 100.0]));
     let mut plot = Plot::new("Roofline", ("operations for each byte", x), ("GFLOP/s", y));
     let bandwidth = |intensity: f64| intensity * ceilings.read_gb_per_s;
     // Both axes clip to their ends, which would bend the line.
@@ -399,9 +377,10 @@ fn roofline(
         let ridge = peak / ceilings.read_gb_per_s;
         plot.line(name, [(ridge, peak), (x.high(), peak)]);
     }
-    for (number, index, step, row, place) in points {
+    for (number, index, row) in rows {
+        let step = &model.steps[number];
         plot.mark(
-            place,
+            (row.flops / row.bytes, row.gflop_per_s()),
             format!("k{}", colours.get(row)),
             step.phase == Phase::Prefill,
             format!(
