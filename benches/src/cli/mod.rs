@@ -2,10 +2,14 @@
 //!
 //! Exit codes: 0 done, 1 failed or slower, 2 wrong usage.
 
+mod compare;
+mod instructions;
 mod overhead;
+mod report;
 mod table;
 
 use clap::{Parser, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -21,15 +25,24 @@ struct Cli {
 enum Command {
     /// Time every kernel of bundles, or predict its time
     Table(Box<table::TableArgs>),
+    /// Tell what is slower in a new table than in an old one
+    Compare(compare::CompareArgs),
+    /// Make a page of tables
+    Report(report::ReportArgs),
     /// Tell where the host's time goes in a decode step
     Overhead(overhead::OverheadArgs),
+    /// Count what CPU kernels execute, with valgrind, and fail where it has become more
+    Instructions(instructions::InstructionsArgs),
 }
 
 /// Runs the program.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Table(args) => table::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Overhead(args) => overhead::run(&args),
+        Command::Instructions(args) => instructions::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", describe(&error));
@@ -46,6 +59,16 @@ fn describe(error: &anyhow::Error) -> String {
         }
     }
     text
+}
+
+/// A table whose columns behind the first few are figures.
+fn figures(header: &[&str], names: usize) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    for column in table.column_iter_mut().skip(names) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 /// Writes to standard output; a reader that has seen enough is no failure.

@@ -1,12 +1,12 @@
 //! `kiln-perf table`.
 
-use crate::kinds::Shape;
-use crate::measure::{Measured, measure};
-use crate::predicted::{ceilings, gpu_for, predict_steps};
-use crate::references::{self, References};
-use crate::steps::{Wanted, plan_steps};
+use crate::table::kinds::Shape;
+use crate::table::measure::{Measured, measure};
+use crate::table::predicted::{ceilings, gpu_for, predict_steps};
+use crate::table::references::{self, References};
+use crate::table::steps::{Wanted, plan_steps};
 use crate::table::{Ceilings, Machine, ModelTable, Source, StepTable, TABLE_VERSION, Table};
-use crate::{TableError, text};
+use crate::table::{TableError, text};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::{Bundle, Target};

@@ -1,7 +1,7 @@
 //! The same products by other programs, on the same threads: the `gemm` crate, and PyTorch.
 
-use crate::error::TableError;
-use crate::kinds::Shape;
+use super::error::TableError;
+use super::kinds::Shape;
 use crate::table::{Reference, Times};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::Deserialize;
@@ -122,7 +122,7 @@ pub fn torch(
     });
     let child = Command::new(python)
         .arg("-c")
-        .arg(include_str!("../peers/kernels_torch.py"))
+        .arg(include_str!("../../peers/kernels_torch.py"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

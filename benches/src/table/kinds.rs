@@ -1,6 +1,6 @@
 //! Kernels of a step that are alike, in words: what a row of the table stands for.
 
-use crate::steps::StepPlan;
+use super::steps::StepPlan;
 use kiln_bundle::{
     BufferId, KernelSpec, Linear, Program, RowKind, Rows, Target, WeightFormat,
     work::{Work, kernel_work},

@@ -1,6 +1,6 @@
 //! Which steps a table is made of.
 
-use crate::error::TableError;
+use super::error::TableError;
 use kiln_bundle::{Bounds, Executable, Phase, work::StepSize};
 
 /// KV lengths of a sweep.

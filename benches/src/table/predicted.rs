@@ -1,10 +1,10 @@
 //! What is known of a CUDA target without a GPU: resources from the compiler, instructions from the
 //! machine code, and times that are predicted.
 
-use crate::error::TableError;
-use crate::kinds::{Kind, kinds};
-use crate::measure::step_table;
-use crate::steps::StepPlan;
+use super::error::TableError;
+use super::kinds::{Kind, kinds};
+use super::measure::step_table;
+use super::steps::StepPlan;
 use crate::table::{Ceilings, KernelResources, Row, StepTable, Times};
 use kiln_bundle::{Bundle, Executable, Image, Launch, Target};
 use kiln_compiler::{GPUS, Gpu, Prediction, cuda::Resources, predict_kernels};

@@ -5,9 +5,9 @@
 //! of sequences change. Steps with a clock around their kernels take turns with steps without, and the
 //! latter say how long a step takes.
 
-use crate::error::TableError;
-use crate::kinds::{Kind, kinds};
-use crate::steps::StepPlan;
+use super::error::TableError;
+use super::kinds::{Kind, kinds};
+use super::steps::StepPlan;
 use crate::table::{Ceilings, Row, StepTable, Times};
 use kiln_bundle::{Executable, Phase, Target, work::Work};
 use kiln_runtime::device::{Device, KernelTime, LogitRows, SequenceStep, Step, StepOutput, Tokens};
