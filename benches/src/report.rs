@@ -248,9 +248,8 @@ fn card(
     step: &StepTable,
     colours: &Colours<'_>,
 ) -> Card {
-    let kernels_us: f64 = step.rows.iter().map(Row::total_us).sum();
     let median_us = step.time.median_us;
-    let whole_us = median_us.max(kernels_us);
+    let whole_us = step.kernels_us() + step.remainder_us;
     let mut x = 0.0;
     let mut part = |us: f64, colour: Option<usize>, name: &str, href: String| {
         let width = 100.0 * us / whole_us;
@@ -282,21 +281,13 @@ fn card(
             )
         })
         .collect();
-    let remainder_us = median_us - kernels_us;
-    let remainder = if remainder_us >= 0.0 {
-        let href = row_id(section, number, step.rows.len());
-        parts.push(part(remainder_us, None, "remainder", href));
-        format!(
-            "{} ({:.1}%)",
-            time(remainder_us),
-            100.0 * remainder_us / median_us
-        )
-    } else {
-        format!(
-            "none: timed one by one, kernels take {} longer",
-            time(-remainder_us)
-        )
-    };
+    let href = row_id(section, number, step.rows.len());
+    parts.push(part(step.remainder_us, None, "remainder", href));
+    let remainder = format!(
+        "{} ({:.1}%)",
+        time(step.remainder_us),
+        100.0 * step.remainder_us / median_us
+    );
     let bars = step.rows.iter().enumerate().map(|(index, row)| {
         let percent = 100.0 * row.share_of_limit();
         Bar {
@@ -321,10 +312,11 @@ fn card(
         size: step.size(),
         time: time(median_us),
         facts: format!(
-            "{} tokens/s, floor {}, {:.0}% of the limit",
+            "{} tokens/s, floor {}, {:.0}% of the limit; kernels and remainder sum to {:.1}%",
             count(1e6 * step.tokens as f64 / median_us),
             time(step.floor_us),
-            100.0 * step.floor_us / median_us
+            100.0 * step.floor_us / median_us,
+            100.0 * step.explained()
         ),
         bars: bars.collect(),
         parts,
@@ -593,7 +585,7 @@ fn step_text(section: usize, number: usize, step: &StepTable, sources: &Sources)
             })
             .collect(),
     });
-    let kernels_us: f64 = step.rows.iter().map(Row::total_us).sum();
+    let kernels_us = step.kernels_us();
     let share = |us: f64| amount(100.0 * us / step.time.median_us, 1, "%");
     Step {
         title: format!(

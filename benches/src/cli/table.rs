@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
-/// How far a step with a clock around its kernels may be from one without.
-const CLOCK_SHARE: f64 = 0.03;
+/// Share of a step by which the sum of its kernels and the remainder may be off.
+const UNEXPLAINED_SHARE: f64 = 0.03;
 /// The target of a processor.
 const CPU: &str = "cpu";
 
@@ -260,19 +260,17 @@ fn progress_bar(bundle: &Bundle, steps: usize) -> ProgressBar {
     }
 }
 
-/// Says where a step with a clock around its kernels takes another time than one without.
-fn note(measured: &Measured) -> Option<String> {
-    let Measured { step, clocked, .. } = measured;
-    let share = clocked.median_us / step.time.median_us - 1.0;
-    (share.abs() > CLOCK_SHARE).then(|| {
+/// Says where kernels and remainder are not the step that was measured apart from them.
+fn note(Measured { step, .. }: &Measured) -> Option<String> {
+    let off = step.explained() - 1.0;
+    (off.abs() > UNEXPLAINED_SHARE).then(|| {
         format!(
-            "{} at {} positions takes {:.1} us, and {:.1} us with a clock around each kernel ({:+.1} %): \
-             times of its kernels are no more certain than that; is the machine busy?",
+            "{} at {} positions takes {:.1} us; its kernels and the remainder, timed in other steps, sum to \
+             {:+.1} %: times are no more certain than that; is the machine busy?",
             step.executable,
             step.kv_len,
             step.time.median_us,
-            clocked.median_us,
-            100.0 * share
+            100.0 * off
         )
     })
 }
@@ -351,8 +349,8 @@ mod tests {
     use crate::table::Times;
 
     #[test]
-    fn clocks_that_take_time_are_noted() {
-        let taking = |plain_us, clocked_us| Measured {
+    fn steps_that_are_not_explained_are_noted() {
+        let taking = |time_us| Measured {
             step: StepTable {
                 executable: "decode-b1-kv64".to_owned(),
                 phase: kiln_bundle::Phase::Decode,
@@ -361,18 +359,17 @@ mod tests {
                 kv_len: 9,
                 logit_rows: 1,
                 rows: Vec::new(),
-                time: Times::predicted(plain_us),
+                time: Times::predicted(time_us),
                 floor_us: 0.0,
-                remainder_us: 0.0,
+                remainder_us: 100.0,
             },
             kinds: Vec::new(),
-            clocked: Times::predicted(clocked_us),
         };
-        assert_eq!(note(&taking(100.0, 102.9)), None);
-        assert_eq!(note(&taking(100.0, 97.1)), None);
-        let note = note(&taking(100.0, 104.0)).unwrap();
+        assert_eq!(note(&taking(102.9)), None);
+        assert_eq!(note(&taking(97.2)), None);
+        let note = note(&taking(80.0)).unwrap();
         assert!(
-            note.contains("decode-b1-kv64 at 9 positions") && note.contains("(+4.0 %)"),
+            note.contains("decode-b1-kv64 at 9 positions") && note.contains("+25.0 %"),
             "{note}"
         );
     }

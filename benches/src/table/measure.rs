@@ -25,8 +25,6 @@ pub struct Measured {
     pub step: StepTable,
     /// Of each of its rows.
     pub kinds: Vec<Kind>,
-    /// The whole step, as the host sees it, with a clock around kernels.
-    pub clocked: Times,
 }
 
 /// Times `repeat` steps with and as many without a clock around kernels, for each plan. `progress` is
@@ -63,7 +61,7 @@ fn measure_step(
     for _ in 0..WARM_UP {
         driver.step(plan, false)?;
     }
-    let (mut plain, mut clocked, mut kernels) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut plain, mut remainders, mut kernels) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 0..2 * repeat {
         // With and without, without and with: neither always follows the other.
         let with_clock = matches!(turn % 4, 0 | 3);
@@ -74,7 +72,8 @@ fn measure_step(
                     device: driver.device.facts().name.clone(),
                 });
             }
-            clocked.push(microseconds(time));
+            let sum: Duration = output.kernel_times.iter().map(|kernel| kernel.length).sum();
+            remainders.push(microseconds(time.saturating_sub(sum)));
             kernels.push(output.kernel_times);
         } else {
             plain.push(microseconds(time));
@@ -84,12 +83,10 @@ fn measure_step(
     let kinds = kinds(target, program, plan, |_| ());
     let time = Times::of(plain);
     let row = |kind: &Kind| row(kind, &kernels, ceilings, time.median_us);
-    let step = step_table(executable, plan, kinds.iter().map(row).collect(), time);
-    Ok(Measured {
-        step,
-        kinds,
-        clocked: Times::of(clocked),
-    })
+    let rows = kinds.iter().map(row).collect();
+    let remainder_us = Times::of(remainders).median_us;
+    let step = step_table(executable, plan, rows, time, remainder_us);
+    Ok(Measured { step, kinds })
 }
 
 /// A row of the table, and the sum of its kernels' shares.
@@ -132,9 +129,9 @@ pub(crate) fn step_table(
     plan: &StepPlan,
     rows: Vec<Row>,
     time: Times,
+    remainder_us: f64,
 ) -> StepTable {
-    let sum =
-        |of: fn(&Row) -> f64| -> f64 { rows.iter().map(|row| of(row) * row.count as f64).sum() };
+    let floors = rows.iter().map(|row| row.floor_us * row.count as f64);
     StepTable {
         executable: executable.name.clone(),
         phase: executable.phase,
@@ -142,8 +139,8 @@ pub(crate) fn step_table(
         tokens: plan.tokens(),
         kv_len: plan.kv_len,
         logit_rows: plan.logit_rows(),
-        floor_us: sum(|row| row.floor_us),
-        remainder_us: time.median_us - sum(|row| row.time.median_us),
+        floor_us: floors.sum(),
+        remainder_us,
         rows,
         time,
     }

@@ -204,7 +204,8 @@ pub struct StepTable {
     pub time: Times,
     /// Sum over rows of floors.
     pub floor_us: f64,
-    /// What the median step takes beyond the sum of its kernels: launch gaps, barriers, the host.
+    /// What a step takes beyond the sum of its kernels: launch gaps, barriers, the host. Measured, the
+    /// median over the steps with a clock around kernels.
     pub remainder_us: f64,
 }
 
@@ -215,12 +216,22 @@ impl StepTable {
         format!("B {sequences}, T {tokens}, KV {kv_len}")
     }
 
+    /// All kernels, by the medians of their rows.
+    pub fn kernels_us(&self) -> f64 {
+        self.rows.iter().map(Row::total_us).sum()
+    }
+
+    /// Of the step's time, what its kernels and the remainder sum to: 1 but for noise.
+    pub fn explained(&self) -> f64 {
+        (self.kernels_us() + self.remainder_us) / self.time.median_us
+    }
+
     fn check(&self) -> Result<(), String> {
         self.time.check().map_err(|e| format!("the step: {e}"))?;
         if !is_positive(self.time.median_us) {
             return Err("the step takes no time".to_owned());
         }
-        if !is_amount(self.floor_us) || !self.remainder_us.is_finite() {
+        if !is_amount(self.floor_us) || !is_amount(self.remainder_us) {
             return Err("the step's floor or remainder is no time".to_owned());
         }
         if self.sequences == 0 || self.tokens < self.sequences || self.kv_len == 0 {

@@ -81,7 +81,9 @@ pub fn predict_steps(
             rows.push(row(&kind, &prediction, total.total_us(), resources));
         }
         let time = Times::predicted(total.total_us());
-        Ok(step_table(executable, plan, rows, time))
+        let kernels_us: f64 = rows.iter().map(Row::total_us).sum();
+        let remainder_us = (time.median_us - kernels_us).max(0.0);
+        Ok(step_table(executable, plan, rows, time, remainder_us))
     });
     steps.collect()
 }

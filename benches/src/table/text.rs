@@ -119,7 +119,7 @@ fn measured(step: &StepTable) -> String {
         }
         table.add_row(cells);
     }
-    let kernels_us = step.time.median_us - step.remainder_us;
+    let kernels_us = step.kernels_us();
     table.add_row(total(
         step,
         [
@@ -133,14 +133,15 @@ fn measured(step: &StepTable) -> String {
         ],
     ));
     let mut text = format!(
-        "{}\nstep {:.1} us (min {:.1}, p95 {:.1}) = kernels {kernels_us:.1} + remainder {:.1} ({}); sum of \
-         floors {:.1} us ({} of the step)\n",
+        "{}\nstep {:.1} us (min {:.1}, p95 {:.1}); kernels {kernels_us:.1} + remainder {:.1} ({}) explain {} of \
+         it; sum of floors {:.1} us ({} of the step)\n",
         table.trim_fmt(),
         step.time.median_us,
         step.time.min_us,
         step.time.p95_us,
         step.remainder_us,
         percent(step.remainder_us / step.time.median_us),
+        percent(step.explained()),
         step.floor_us,
         percent(step.floor_us / step.time.median_us),
     );
