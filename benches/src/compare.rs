@@ -11,6 +11,8 @@ use fastrand::Rng;
 use serde::Serialize;
 use std::{collections::BTreeMap, fmt};
 
+/// Fewest samples of a measured time that are compared.
+const MIN_SAMPLES: usize = 8;
 /// Ratios that are resampled for an interval.
 const RESAMPLES: usize = 1000;
 /// Part of the ratios outside the interval, at each end.
@@ -175,6 +177,16 @@ pub enum CompareError {
         /// What there are two of.
         key: String,
     },
+    /// Of few samples, an interval means nothing.
+    #[error(
+        "{key} has {found} samples; needed are {MIN_SAMPLES} at least: measure with a greater --repeat"
+    )]
+    FewSamples {
+        /// What.
+        key: String,
+        /// Samples of it in one of the tables.
+        found: usize,
+    },
     /// A comparison of nothing would pass.
     #[error("the tables have no step in common: the old one has {old}, the new one {new}")]
     NothingInCommon {
@@ -227,6 +239,14 @@ pub fn compare(
                 old: like.source,
                 new: entry.source,
             });
+        }
+        if entry.source == Source::Measured {
+            let samples = [like, entry].map(|entry| entry.time.samples_us.len());
+            let found = samples[0].min(samples[1]);
+            if found < MIN_SAMPLES {
+                let key = entry.key.to_string();
+                return Err(CompareError::FewSamples { key, found });
+            }
         }
         let ratio = ratio(like.time, entry.time);
         changes.push(Change {
@@ -365,7 +385,11 @@ fn resampled_median(samples: &[f64], buffer: &mut Vec<f64>, rng: &mut Rng) -> f6
     buffer.clear();
     buffer.extend(samples.iter().map(|_| samples[rng.usize(..samples.len())]));
     let middle = buffer.len() / 2;
-    *buffer.select_nth_unstable_by(middle, f64::total_cmp).1
+    let (below, upper, _) = buffer.select_nth_unstable_by(middle, f64::total_cmp);
+    match samples.len() % 2 {
+        0 => (below.iter().copied().fold(0.0, f64::max) + *upper) / 2.0,
+        _ => *upper,
+    }
 }
 
 fn verdict(ratio: Ratio, threshold: f64) -> Verdict {

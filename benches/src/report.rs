@@ -249,7 +249,8 @@ fn card(
     colours: &Colours<'_>,
 ) -> Card {
     let median_us = step.time.median_us;
-    let whole_us = step.kernels_us() + step.remainder_us;
+    // Not of all zeros.
+    let whole_us = (step.kernels_us() + step.remainder_us).max(1e-9);
     let mut x = 0.0;
     let mut part = |us: f64, colour: Option<usize>, name: &str, href: String| {
         let width = 100.0 * us / whole_us;
@@ -417,15 +418,24 @@ fn length_scaling(section: usize, model: &ModelTable) -> Vec<Figure> {
         let mut points: Vec<(usize, usize, f64, f64)> = Vec::new();
         for &number in &steps {
             let step = &model.steps[number];
-            let mut rows = step.rows.iter().enumerate();
-            if let Some((index, row)) = rows.find(|(_, row)| row.kernel == "attention") {
-                points.push((number, index, step.kv_len as f64, row.total_us()));
+            let is_attention = |row: &&Row| row.kernel == "attention";
+            let us = step
+                .rows
+                .iter()
+                .filter(is_attention)
+                .map(Row::total_us)
+                .sum();
+            if let Some(index) = step.rows.iter().position(|row| is_attention(&row)) {
+                points.push((number, index, step.kv_len as f64, us));
             }
         }
         points.sort_by(|a, b| a.2.total_cmp(&b.2));
         let places: Vec<(f64, f64)> = points.iter().map(|point| (point.2, point.3)).collect();
         let fit = Fit::of(&places)?;
         let (shortest, longest) = (places.first()?, places.last()?);
+        if shortest.1 <= 0.0 {
+            return None;
+        }
         let bound = bucket_bound(executable).unwrap_or(0.0).max(longest.0);
         let whole = fit.at(bound);
         let x = Axis::horizontal(Scale::Linear, [bound]);
@@ -700,6 +710,9 @@ pub fn markdown(tables: &[Table]) -> String {
                     100.0 * row.share_of_step
                 );
             }
+        }
+        for figure in length_scaling(0, model) {
+            let _ = writeln!(text, "\n{}: {}", markdown_text(&figure.title), figure.text);
         }
         text.push('\n');
     }

@@ -24,6 +24,9 @@ pub(super) struct CompareArgs {
     /// Compares times of different machines
     #[arg(long)]
     across_machines: bool,
+    /// Passes although steps or kernels of the old table are not in the new one
+    #[arg(long)]
+    allow_missing: bool,
     /// Prints Markdown, for the summary of a pull request
     #[arg(long, conflicts_with = "json")]
     markdown: bool,
@@ -47,7 +50,11 @@ pub(super) fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
         plain(&comparison, args.all)
     };
     print(&text)?;
-    Ok(match comparison.is_slower() {
+    let is_missing = !comparison.gone.is_empty() && !args.allow_missing;
+    if is_missing {
+        eprintln!("the new table lacks what the old one has; --allow-missing lets that pass");
+    }
+    Ok(match comparison.is_slower() || is_missing {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     })

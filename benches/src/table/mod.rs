@@ -126,12 +126,13 @@ pub enum ReadError {
     },
 }
 
+/// Of a size that a plot can show.
 fn is_positive(value: f64) -> bool {
-    value.is_finite() && value > 0.0
+    (1e-9..=1e18).contains(&value)
 }
 
 fn is_amount(value: f64) -> bool {
-    value.is_finite() && value >= 0.0
+    value == 0.0 || is_positive(value)
 }
 
 /// Where figures come from.
@@ -233,6 +234,9 @@ impl StepTable {
         }
         if !is_amount(self.floor_us) || !is_amount(self.remainder_us) {
             return Err("the step's floor or remainder is no time".to_owned());
+        }
+        if self.rows.is_empty() {
+            return Err("the step has no kernels".to_owned());
         }
         if self.sequences == 0 || self.tokens < self.sequences || self.kv_len == 0 {
             return Err(format!("a step of {} does not exist", self.size()));

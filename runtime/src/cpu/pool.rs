@@ -68,15 +68,16 @@ impl ThreadPool {
         ThreadPool::new(physical_cores().len())
     }
 
-    /// Keeps every thread, the caller included, on a physical core of its own from now on. What else
-    /// runs on these cores is not kept away: it pays where nothing does.
+    /// Keeps every thread, the caller included, on a physical core of its own from now on, and so what
+    /// threads the caller starts later. What else runs on these cores is not kept away: it pays where
+    /// nothing does.
     ///
     /// # Errors
     /// When there are more threads than cores, or the system refuses.
     pub fn pin(&self) -> io::Result<()> {
         let cores = physical_cores();
         if self.threads() > cores.len() {
-            let problem = format!("cores for them: {}", cores.len());
+            let problem = format!("cores that this thread may use: {}", cores.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
         }
         let refused = Mutex::new(None);
@@ -380,7 +381,7 @@ mod tests {
 
             // This thread has one core now.
             let crowded = ThreadPool::new(2).unwrap().pin().unwrap_err();
-            assert_eq!(crowded.to_string(), "cores for them: 1");
+            assert_eq!(crowded.to_string(), "cores that this thread may use: 1");
         });
         test.join().unwrap();
     }
