@@ -8,6 +8,7 @@
 
 use half::bf16;
 use kiln_bundle::{IntFormat, packing::Layout};
+use rayon::prelude::*;
 
 /// Shares of a group's span that are tried.
 const SPANS: [f32; 6] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75];
@@ -57,6 +58,19 @@ impl IntRows {
 
     /// Rounds rows, (rows, K), each value to the nearest of its group's grid.
     pub fn round(rows: &[f32], k: usize, format: IntFormat) -> IntRows {
+        /// Rows of a task: enough work to be worth one.
+        const TOGETHER: usize = 16;
+        let parts: Vec<IntRows> = rows
+            .par_chunks(TOGETHER * k.max(1))
+            .map(|rows| IntRows::round_alone(rows, k, format))
+            .collect();
+        let mut rounded = IntRows::empty(format, k);
+        parts.into_iter().for_each(|part| rounded.append(part));
+        rounded
+    }
+
+    /// As [`IntRows::round`], on this thread.
+    fn round_alone(rows: &[f32], k: usize, format: IntFormat) -> IntRows {
         let mut rounded = IntRows::empty(format, k);
         rounded.codes.reserve(rows.len());
         for group in rows
