@@ -2,7 +2,7 @@
 
 use crate::table::{KernelResources, ModelTable, Row, Source, StepTable, Table};
 use comfy_table::{CellAlignment, Table as Text, presets};
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// Instructions that are shown: products of tensor cores, and what reaches memory.
 const SHOWN_OPCODES: [&str; 9] = [
@@ -279,7 +279,7 @@ fn percent(share: f64) -> String {
 }
 
 /// A table whose columns behind the first few are figures.
-pub(crate) fn figures(header: &[impl ToString], names: usize) -> Text {
+pub(crate) fn figures(header: &[impl Display], names: usize) -> Text {
     let mut table = Text::new();
     table.load_preset(presets::NOTHING).set_header(header);
     for column in table.column_iter_mut().skip(names) {
