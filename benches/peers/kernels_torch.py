@@ -3,7 +3,7 @@
     {"threads", "repeat", "warm_up", "rotated_bytes", "shapes": [...]}  on standard input
     [[{"format", "us": [...]}, ...], ...]                               on standard output, a list a shape
 
-Operands go round in copies that are together larger than the caches.
+Operands go round in copies that together are larger than the caches, whatever the rounds.
 """
 
 import json
@@ -39,7 +39,7 @@ def attention(shape, dtype):
 def measure(request, shape, dtype):
     bytes_of_copy, make, run = {"linear": linear, "attention": attention}[shape["kind"]](shape, dtype)
     rounds = request["warm_up"] + request["repeat"]
-    copies = [make() for _ in range(min(max(2, request["rotated_bytes"] // bytes_of_copy), rounds))]
+    copies = [make() for _ in range(-(-request["rotated_bytes"] // bytes_of_copy))]
     times = []
     for turn in range(rounds):
         operand = copies[turn % len(copies)]

@@ -5,9 +5,10 @@
 //! the steps by length: outliers do not move them, and unlike medians those of the parts sum to the
 //! step's.
 
+use crate::table::measure::arbitrary_id;
 use anyhow::ensure;
 use kiln_bundle::trace::{Arg, Span, Trace};
-use kiln_bundle::{Manifest, Phase};
+use kiln_bundle::{Limits, Manifest, Phase};
 use kiln_runtime::{DEVICE_TRACK, Engine, Event, HOST_TRACK, Prompt, Request, StepPart};
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -71,6 +72,26 @@ pub fn measure(
     manifest: &Manifest,
     workload: Workload,
 ) -> anyhow::Result<Overhead> {
+    let Workload {
+        batch,
+        prompt_len,
+        gen_len,
+    } = workload;
+    let Limits {
+        max_batch,
+        max_seq_len,
+        ..
+    } = manifest.limits;
+    ensure!(
+        batch <= max_batch,
+        "--batch is {batch}; this bundle runs {max_batch} at a time"
+    );
+    let positions = u64::from(prompt_len) + u64::from(gen_len);
+    ensure!(
+        positions <= max_seq_len.into(),
+        "--prompt-len {prompt_len} and --gen-len {gen_len} are {positions} positions; a sequence of this \
+         bundle has {max_seq_len} at most"
+    );
     run(engine, workload, 0)?;
     let (mut bare, mut recorded) = (Vec::new(), Vec::new());
     for pair in 0..RUNS {
@@ -103,13 +124,9 @@ pub fn measure(
 /// Prompts of arbitrary tokens, run to their full length: those of other runs are different, so that none
 /// is found in the cache. Returns the time of each decode step of the whole batch.
 fn run(engine: &mut Engine, workload: Workload, run: u32) -> anyhow::Result<Vec<Duration>> {
-    // Ids that every vocabulary of these models has.
-    const IDS: u32 = 200;
     for sequence in 0..workload.batch {
-        let seed = sequence
-            .wrapping_add(run.wrapping_mul(1009))
-            .wrapping_mul(104_729);
-        let ids = (0..workload.prompt_len).map(|i| 3 + (i.wrapping_mul(7919) ^ seed) % IDS);
+        let salt = (sequence + 1009 * run) as usize;
+        let ids = (0..workload.prompt_len as usize).map(|position| arbitrary_id(salt, position));
         let mut request = Request::new(Prompt::Ids(ids.collect()));
         request.max_new_tokens = Some(workload.gen_len);
         request.ignore_eos = true;

@@ -55,6 +55,8 @@ pub fn table(seed: u64) -> Table {
     let machine = Machine {
         device: "cpu (avx2, 2 threads), EPYC".to_owned(),
         threads: Some(2),
+        isa: Some("avx2".to_owned()),
+        profile: "release".to_owned(),
         ceilings: CPU,
     };
     of_machine(machine, "cpu", Source::Measured, steps)
@@ -82,6 +84,8 @@ pub fn predicted_table() -> Table {
     let machine = Machine {
         device: "H200".to_owned(),
         threads: None,
+        isa: None,
+        profile: "release".to_owned(),
         ceilings: GPU,
     };
     of_machine(machine, "sm_90a", Source::Predicted, steps)

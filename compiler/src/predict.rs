@@ -8,7 +8,7 @@
 use crate::cuda::CudaTarget;
 use kiln_bundle::{
     Executable, Target,
-    work::{StepSize, Work, kernel_work},
+    work::{StepSize, kernel_work},
 };
 use std::iter::Sum;
 
@@ -126,13 +126,11 @@ pub fn predict_kernels(
     }
     let kernels = program.kernels.iter().zip(launches);
     let predictions = kernels.map(|(kernel, launches)| {
-        let Work { bytes, flops, .. } = kernel_work(target, program, kernel, size);
-        let memory_us = bytes / gpu.gb_per_s / 1e3;
-        let compute_us = flops / gpu.tflops / 1e6;
+        let work = kernel_work(target, program, kernel, size);
         Prediction {
-            bytes,
-            flops,
-            floor_us: memory_us.max(compute_us),
+            bytes: work.bytes,
+            flops: work.flops,
+            floor_us: work.floor_us(gpu.gb_per_s, gpu.tflops * 1e3),
             launch_us: launches * gpu.launch_us(),
         }
     });

@@ -8,8 +8,8 @@ mod overhead;
 mod report;
 mod table;
 
+use crate::table::text::figures;
 use clap::{Parser, Subcommand};
-use comfy_table::{CellAlignment, Table, presets};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -59,16 +59,6 @@ fn describe(error: &anyhow::Error) -> String {
         }
     }
     text
-}
-
-/// A table whose columns behind the first few are figures.
-fn figures(header: &[&str], names: usize) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
-    for column in table.column_iter_mut().skip(names) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
 }
 
 /// Writes to standard output; a reader that has seen enough is no failure.

@@ -1,12 +1,11 @@
 //! `kiln-perf overhead`.
 
+use super::{figures, print};
 use crate::overhead::{Overhead, Workload, measure};
-use anyhow::ensure;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table};
 use kiln_bundle::Bundle;
 use kiln_runtime::device::{CpuOptions, DeviceChoice};
 use kiln_runtime::{Engine, LoadOptions};
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -46,45 +45,34 @@ pub(super) fn run(args: &OverheadArgs) -> anyhow::Result<ExitCode> {
         ..LoadOptions::default()
     };
     let mut engine = Engine::load(&bundle, &options)?;
-    let slots = engine.facts().slots;
-    ensure!(
-        args.batch <= slots,
-        "--batch is {}; this bundle runs {slots} at a time",
-        args.batch
-    );
     let workload = Workload {
         batch: args.batch,
         prompt_len: args.prompt_len,
         gen_len: args.gen_len,
     };
     let overhead = measure(&mut engine, bundle.manifest(), workload)?;
-    let mut out = io::stdout().lock();
-    if args.json {
-        serde_json::to_writer(&mut out, &overhead).map_err(io::Error::from)?;
-        writeln!(out)?;
-    } else {
-        writeln!(out, "{}", table(&overhead))?;
-    }
+    let text = match args.json {
+        true => serde_json::to_string(&overhead)?,
+        false => table(&overhead).to_string(),
+    };
+    print(&format!("{text}\n"))?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn table(overhead: &Overhead) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
     let Workload {
         batch,
         prompt_len,
         gen_len,
     } = overhead.workload;
-    table.set_header([
-        "part of a decode step".to_owned(),
-        "us".to_owned(),
-        "share".to_owned(),
-        format!(
-            "{} on {}, {batch} x ({prompt_len} prompt + {gen_len} new tokens), middle half of {} steps",
-            overhead.model, overhead.device, overhead.steps
-        ),
-    ]);
+    let what = format!(
+        "{} on {}, {batch} x ({prompt_len} prompt + {gen_len} new tokens), middle half of {} steps",
+        overhead.model, overhead.device, overhead.steps
+    );
+    let mut table = figures(&["part of a decode step", "us", "share", &what], 1);
+    if let Some(column) = table.column_mut(3) {
+        column.set_cell_alignment(CellAlignment::Left);
+    }
     let us = |us: f64| format!("{us:.1}");
     let share = |share: f64| format!("{:.1} %", 100.0 * share);
     for part in &overhead.parts {
@@ -107,10 +95,5 @@ fn table(overhead: &Overhead) -> Table {
         &share((step - bare) / step),
         "what these figures cost",
     ]);
-    for index in [1, 2] {
-        if let Some(column) = table.column_mut(index) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
     table
 }

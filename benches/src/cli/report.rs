@@ -4,6 +4,7 @@ use super::print;
 use crate::report::{Sources, html, markdown, sources};
 use crate::table::Table;
 use anyhow::{Context, ensure};
+use kiln_bundle::WholeFile;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
@@ -38,7 +39,7 @@ pub(super) fn run(args: &ReportArgs) -> anyhow::Result<ExitCode> {
     );
     if let Some(output) = &args.output {
         let page = html(&tables, &read_sources(&tables, &args.bundle)?)?;
-        fs::write(output, page).with_context(|| format!("cannot write {}", output.display()))?;
+        WholeFile::create(output)?.finish(|to| to.write_all(page.as_bytes()))?;
         eprintln!("wrote {}", output.display());
     }
     if args.markdown {

@@ -5,17 +5,18 @@ use crate::table::measure::{Measured, measure};
 use crate::table::predicted::{ceilings, gpu_for, predict_steps};
 use crate::table::references::{self, References};
 use crate::table::steps::{Wanted, plan_steps};
-use crate::table::{Ceilings, Machine, ModelTable, Source, StepTable, TABLE_VERSION, Table};
-use crate::table::{TableError, text};
-use anyhow::{Context, Result, bail, ensure};
+use crate::table::{
+    Ceilings, MAX_SAMPLES, Machine, ModelTable, Source, StepTable, TABLE_VERSION, Table,
+};
+use crate::table::{TableError, profile, text};
+use anyhow::{Context, Error, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use kiln_bundle::{Bundle, Target};
+use kiln_bundle::{Bundle, Target, WholeFile};
 use kiln_runtime::LoadOptions;
-use kiln_runtime::cpu::{Isa, ThreadPool, peak, physical_cores};
-use kiln_runtime::device::{CpuOptions, Device, DeviceChoice, load};
+use kiln_runtime::cpu::{BANDWIDTH_BYTES, Isa, ThreadPool, peak, physical_cores, read_bandwidth};
+use kiln_runtime::device::{CpuOptions, DeviceChoice, load};
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
@@ -63,7 +64,7 @@ pub(super) struct TableArgs {
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
     /// Steps of each kind that are timed
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=MAX_SAMPLES as i64))]
     repeat: u32,
     /// Measure the same products by another program; may be given twice
     #[arg(long = "reference", value_name = "NAME", value_enum)]
@@ -92,6 +93,7 @@ enum Peer {
 }
 
 pub(super) fn run(args: &TableArgs) -> Result<ExitCode> {
+    let file = args.output.as_deref().map(WholeFile::create).transpose()?;
     let (machine, models) = match args.target.as_deref() {
         Some(target) if target != CPU => predict(args, target)?,
         _ => measure_all(args)?,
@@ -104,9 +106,9 @@ pub(super) fn run(args: &TableArgs) -> Result<ExitCode> {
         machine,
         models,
     };
-    if let Some(path) = &args.output {
-        let json = serde_json::to_vec_pretty(&table)?;
-        write(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
+    let json = table.to_json().map_err(Error::msg)?;
+    if let Some(file) = file {
+        file.finish(|to| to.write_all(json.as_bytes()))?;
     }
     let text = match args.json {
         true => serde_json::to_string(&table)?,
@@ -114,19 +116,6 @@ pub(super) fn run(args: &TableArgs) -> Result<ExitCode> {
     };
     super::print(&format!("{}\n", text.trim_end()))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// The whole file or none.
-fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    let file = file.persist(path)?;
-    drop(file);
-    Ok(())
 }
 
 impl TableArgs {
@@ -194,6 +183,8 @@ fn predict(args: &TableArgs, target: &str) -> Result<(Machine, Vec<ModelTable>)>
         machine = Some(Machine {
             device: gpu.name.to_owned(),
             threads: None,
+            isa: None,
+            profile: profile().to_owned(),
             ceilings: ceilings(&gpu),
         });
     }
@@ -206,50 +197,88 @@ fn measure_all(args: &TableArgs) -> Result<(Machine, Vec<ModelTable>)> {
         args.gpu.is_none(),
         "--gpu is for predictions of a GPU's target; cpu is measured"
     );
-    let mut machine: Option<Machine> = None;
-    let mut models = Vec::new();
+    if profile() != "release" {
+        eprintln!(
+            "note: this is a {} build; times are not those of a release",
+            profile()
+        );
+    }
+    let (threads, repeat) = (args.threads(), args.repeat as usize);
+    let device_choice = match args.target {
+        // The only target that is measured by name.
+        Some(_) => DeviceChoice::Cpu,
+        None => args.device,
+    };
+    let options = LoadOptions {
+        device: device_choice,
+        cpu: CpuOptions {
+            threads: Some(threads),
+            ..CpuOptions::default()
+        },
+        ..LoadOptions::default()
+    };
+    let mut name = String::new();
+    let mut best: Option<Ceilings> = None;
+    let mut measured = Vec::new();
     for path in &args.bundles {
         let bundle = Bundle::open(path)?;
-        if args.device == DeviceChoice::Cpu {
+        if device_choice == DeviceChoice::Cpu {
             target_of(&bundle, CPU).context("give --target for predictions of a GPU's target")?;
         }
-        let threads = args.threads();
-        let options = LoadOptions {
-            device: args.device,
-            cpu: CpuOptions {
-                threads: Some(threads),
-                ..CpuOptions::default()
-            },
-            ..LoadOptions::default()
-        };
         let mut device =
             load(&bundle, &options).with_context(|| format!("cannot load {}", path.display()))?;
-        let target = target_of(&bundle, &device.facts().target.clone())?;
+        let facts = device.facts().clone();
+        if facts.target != CPU {
+            bail!(TableError::NoKernelTimes { device: facts.name });
+        }
+        let target = target_of(&bundle, &facts.target)?.clone();
         // What cannot be done is said before anything takes its time.
         let plans = plan_steps(&target.name, &target.executables, &args.wanted())?;
-        let ceilings = match &machine {
-            Some(machine) => machine.ceilings,
-            None => {
-                let found = describe(device.as_mut(), threads)?;
-                machine.insert(found).ceilings
-            }
-        };
-        let repeat = args.repeat as usize;
+        best = Some(better(best, threads)?);
+        name = facts.name;
         let bar = progress_bar(&bundle, 2 * repeat * plans.len());
-        let measured = measure(device.as_mut(), target, &plans, &ceilings, repeat, &|| {
-            bar.inc(1)
-        })
-        .with_context(|| format!("cannot measure {}", path.display()))?;
+        let mut steps = measure(device.as_mut(), &target, &plans, repeat, &|| bar.inc(1))
+            .with_context(|| format!("cannot measure {}", path.display()))?;
         bar.finish_and_clear();
         drop(device);
-        for note in measured.iter().filter_map(note) {
+        for note in steps.iter().filter_map(note) {
             eprintln!("note: {note}");
         }
-        let steps = with_references(args, measured)?;
-        models.push(model_table(&bundle, target, Source::Measured, steps));
+        add_references(args, &mut steps)?;
+        measured.push((bundle, target, steps));
     }
-    let machine = machine.context("there is no bundle")?;
+    let ceilings = better(best, threads)?;
+    let models = measured.into_iter().map(|(bundle, target, mut steps)| {
+        steps.iter_mut().for_each(|step| step.set_floors(&ceilings));
+        let steps = steps.into_iter().map(|measured| measured.step).collect();
+        model_table(&bundle, &target, Source::Measured, steps)
+    });
+    let models = models.collect();
+    let machine = Machine {
+        device: match processor() {
+            Some(processor) => format!("{processor}, {name}"),
+            None => name,
+        },
+        threads: Some(threads),
+        isa: Some(Isa::detect()?.name().to_owned()),
+        profile: profile().to_owned(),
+        ceilings,
+    };
     Ok((machine, models))
+}
+
+/// The best of the ceilings so far and those of now: what a machine can do varies with what else runs on
+/// it, and a ceiling is what it can do at its best.
+fn better(so_far: Option<Ceilings>, threads: usize) -> Result<Ceilings> {
+    let pool = ThreadPool::new(threads).context("the system refuses threads")?;
+    let isa = Isa::detect()?;
+    let peak = peak(&pool, isa);
+    let now = Ceilings {
+        read_gb_per_s: read_bandwidth(&pool, isa, BANDWIDTH_BYTES).best,
+        float_gflop_per_s: peak.float_gflop_per_s,
+        integer_gop_per_s: Some(peak.integer_gop_per_s),
+    };
+    Ok(so_far.map_or(now, |so_far| so_far.max(now)))
 }
 
 fn progress_bar(bundle: &Bundle, steps: usize) -> ProgressBar {
@@ -275,32 +304,6 @@ fn note(Measured { step, .. }: &Measured) -> Option<String> {
     })
 }
 
-/// The machine, with what it can do at most.
-fn describe(device: &mut dyn Device, threads: usize) -> Result<Machine> {
-    if device.facts().target != CPU {
-        bail!(TableError::NoKernelTimes {
-            device: device.facts().name.clone()
-        });
-    }
-    let bandwidth = device.read_bandwidth();
-    let read_gb_per_s = bandwidth.context("the device cannot measure its bandwidth")?;
-    let pool = ThreadPool::new(threads).context("the system refuses threads")?;
-    let peak = peak(&pool, Isa::detect()?);
-    let facts = &device.facts().name;
-    Ok(Machine {
-        device: match processor() {
-            Some(processor) => format!("{processor}, {facts}"),
-            None => facts.clone(),
-        },
-        threads: Some(threads),
-        ceilings: Ceilings {
-            read_gb_per_s,
-            float_gflop_per_s: peak.float_gflop_per_s,
-            integer_gop_per_s: Some(peak.integer_gop_per_s),
-        },
-    })
-}
-
 /// The processor's name, where the system tells.
 fn processor() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
@@ -309,8 +312,8 @@ fn processor() -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// The steps, each row with what others take for the same.
-fn with_references(args: &TableArgs, measured: Vec<Measured>) -> Result<Vec<StepTable>> {
+/// Says of each row what others take for the same.
+fn add_references(args: &TableArgs, measured: &mut [Measured]) -> Result<()> {
     let mut shapes: Vec<Shape> = Vec::new();
     for shape in measured
         .iter()
@@ -329,18 +332,13 @@ fn with_references(args: &TableArgs, measured: Vec<Measured>) -> Result<Vec<Step
     if args.references.contains(&Peer::Torch) {
         references::torch(&args.python, &shapes, threads, repeat, &mut found)?;
     }
-    let steps = measured.into_iter().map(
-        |Measured {
-             mut step, kinds, ..
-         }| {
-            for (row, kind) in step.rows.iter_mut().zip(kinds) {
-                let references = kind.shape.and_then(|shape| found.get(&shape));
-                row.references = references.cloned().unwrap_or_default();
-            }
-            step
-        },
-    );
-    Ok(steps.collect())
+    for Measured { step, kinds } in measured {
+        for (row, kind) in step.rows.iter_mut().zip(kinds) {
+            let references = kind.shape.and_then(|shape| found.get(&shape));
+            row.references = references.cloned().unwrap_or_default();
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -372,16 +370,5 @@ mod tests {
             note.contains("decode-b1-kv64 at 9 positions") && note.contains("+25.0 %"),
             "{note}"
         );
-    }
-
-    #[test]
-    fn a_file_is_replaced_as_a_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("table.json");
-        write(&path, b"one").unwrap();
-        write(&path, b"two").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(write(&dir.path().join("absent/table.json"), b"").is_err());
     }
 }

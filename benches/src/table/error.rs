@@ -1,5 +1,6 @@
 //! Why a table cannot be made.
 
+use kiln_bundle::Phase;
 use kiln_runtime::device::DeviceError;
 
 /// See each.
@@ -50,6 +51,16 @@ pub enum TableError {
         executable: String,
         /// Its bound.
         bound: usize,
+    },
+    /// The user's mistake.
+    #[error("{flag} is for {}, and there is none among {}", phase.name(), executables.join(", "))]
+    NoSuchStep {
+        /// What was given.
+        flag: &'static str,
+        /// Of the executables that it is for.
+        phase: Phase,
+        /// What is to be timed.
+        executables: Vec<String>,
     },
     /// The machine's memory.
     #[error(

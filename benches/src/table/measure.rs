@@ -9,22 +9,35 @@ use super::error::TableError;
 use super::kinds::{Kind, kinds};
 use super::steps::StepPlan;
 use crate::table::{Ceilings, Row, StepTable, Times};
-use kiln_bundle::{Executable, Phase, Target, work::Work};
+use kiln_bundle::{Executable, Phase, Target};
 use kiln_runtime::device::{Device, KernelTime, LogitRows, SequenceStep, Step, StepOutput, Tokens};
 use kiln_runtime::{BlockCopy, Draw, blocks_for};
 use std::time::{Duration, Instant};
 
 /// Steps of a plan before those that count.
 const WARM_UP: usize = 2;
-/// Ids that every vocabulary of these models has.
-const IDS: usize = 200;
 
 /// A step's table, and what it does not say.
 pub struct Measured {
-    /// The table.
+    /// The table; its floors are 0 until [`Measured::set_floors`].
     pub step: StepTable,
     /// Of each of its rows.
     pub kinds: Vec<Kind>,
+}
+
+impl Measured {
+    /// Says how long the rows take at the least.
+    pub fn set_floors(&mut self, ceilings: &Ceilings) {
+        self.step.floor_us = 0.0;
+        for (row, kind) in self.step.rows.iter_mut().zip(&self.kinds) {
+            let rate = match ceilings.integer_gop_per_s {
+                Some(rate) if kind.integers => rate,
+                _ => ceilings.float_gflop_per_s,
+            };
+            row.floor_us = kind.work.floor_us(ceilings.read_gb_per_s, rate);
+            self.step.floor_us += row.floor_us * row.count as f64;
+        }
+    }
 }
 
 /// Times `repeat` steps with and as many without a clock around kernels, for each plan. `progress` is
@@ -36,7 +49,6 @@ pub fn measure(
     device: &mut dyn Device,
     target: &Target,
     plans: &[StepPlan],
-    ceilings: &Ceilings,
     repeat: usize,
     progress: &dyn Fn(),
 ) -> Result<Vec<Measured>, TableError> {
@@ -44,7 +56,7 @@ pub fn measure(
     driver.fill(plans)?;
     let measured = plans
         .iter()
-        .map(|plan| measure_step(&mut driver, target, plan, ceilings, repeat, progress));
+        .map(|plan| measure_step(&mut driver, target, plan, repeat, progress));
     measured.collect()
 }
 
@@ -52,7 +64,6 @@ fn measure_step(
     driver: &mut Driver<'_>,
     target: &Target,
     plan: &StepPlan,
-    ceilings: &Ceilings,
     repeat: usize,
     progress: &dyn Fn(),
 ) -> Result<Measured, TableError> {
@@ -82,7 +93,7 @@ fn measure_step(
     }
     let kinds = kinds(target, program, plan, |_| ());
     let time = Times::of(plain);
-    let row = |kind: &Kind| row(kind, &kernels, ceilings, time.median_us);
+    let row = |kind: &Kind| row(kind, &kernels, time.median_us);
     let rows = kinds.iter().map(row).collect();
     let remainder_us = Times::of(remainders).median_us;
     let step = step_table(executable, plan, rows, time, remainder_us);
@@ -90,7 +101,7 @@ fn measure_step(
 }
 
 /// A row of the table, and the sum of its kernels' shares.
-fn row(kind: &Kind, steps: &[Vec<KernelTime>], ceilings: &Ceilings, step_us: f64) -> Row {
+fn row(kind: &Kind, steps: &[Vec<KernelTime>], step_us: f64) -> Row {
     let count = kind.kernels.len();
     let mean = |times: &Vec<KernelTime>| {
         let sum: Duration = kind.kernels.iter().map(|&index| times[index].length).sum();
@@ -105,22 +116,13 @@ fn row(kind: &Kind, steps: &[Vec<KernelTime>], ceilings: &Ceilings, step_us: f64
         count,
         bytes: kind.work.bytes,
         flops: kind.work.flops,
-        floor_us: floor_us(&kind.work, kind.integers, ceilings),
+        floor_us: 0.0,
         share_of_step: time.median_us * count as f64 / step_us,
         time,
         references: Vec::new(),
         resources: None,
         prepared_by: Vec::new(),
     }
-}
-
-/// The longer of bytes and operations at the ceilings.
-fn floor_us(work: &Work, integers: bool, ceilings: &Ceilings) -> f64 {
-    let rate = match ceilings.integer_gop_per_s {
-        Some(rate) if integers => rate,
-        _ => ceilings.float_gflop_per_s,
-    };
-    (work.bytes / ceilings.read_gb_per_s).max(work.flops / rate) / 1e3
 }
 
 /// A step of these rows.
@@ -201,7 +203,9 @@ impl<'a> Driver<'a> {
         };
         for past in (0..positions).step_by(bucket.bounds.max_tokens.max(1) as usize) {
             let end = positions.min(past + bucket.bounds.max_tokens as usize);
-            let ids: Vec<u32> = (past..end).map(|position| id(0, position)).collect();
+            let ids: Vec<u32> = (past..end)
+                .map(|position| arbitrary_id(0, position))
+                .collect();
             self.step.clear();
             self.step.executable = executable;
             self.step.push(&SequenceStep {
@@ -242,7 +246,9 @@ impl<'a> Driver<'a> {
         for sequence in 0..plan.sequences {
             let place = self.round * plan.sequences + sequence;
             ids.clear();
-            ids.extend((plan.past()..plan.kv_len).map(|position| id(place + 1, position)));
+            ids.extend(
+                (plan.past()..plan.kv_len).map(|position| arbitrary_id(place + 1, position)),
+            );
             self.step.push(&SequenceStep {
                 slot: sequence as u32,
                 tokens: Tokens::Ids(&ids),
@@ -264,8 +270,10 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// Arbitrary ids, the same for the same place.
-fn id(salt: usize, position: usize) -> u32 {
+/// A prompt's token: arbitrary, the same for the same place.
+pub(crate) fn arbitrary_id(salt: usize, position: usize) -> u32 {
+    /// Ids that every vocabulary of these models has.
+    const IDS: usize = 200;
     let mixed = position.wrapping_mul(7919) ^ salt.wrapping_mul(104_729);
     (3 + mixed % IDS) as u32
 }

@@ -21,7 +21,7 @@ pub const TABLE_VERSION: u32 = 1;
 /// Most bytes of a file that is read.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Most samples of one thing.
-const MAX_SAMPLES: usize = 10_000;
+pub(crate) const MAX_SAMPLES: usize = 10_000;
 
 /// Figures of one run on one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,6 +61,22 @@ impl Table {
             path: path.display().to_string(),
             problem,
         })
+    }
+
+    /// The file of it.
+    ///
+    /// # Errors
+    /// What [`Table::read`] would refuse.
+    pub fn to_json(&self) -> Result<String, String> {
+        self.check()?;
+        let json = serde_json::to_string_pretty(self).map_err(|e| e.to_string())?;
+        match json.len() as u64 > MAX_FILE_BYTES {
+            true => Err(format!(
+                "the table has {} bytes, and {MAX_FILE_BYTES} are read at most; give a smaller --repeat",
+                json.len()
+            )),
+            false => Ok(json),
+        }
     }
 
     fn parse(text: &str) -> Result<Table, String> {
@@ -142,6 +158,12 @@ pub struct Machine {
     pub device: String,
     /// Threads of the CPU device.
     pub threads: Option<usize>,
+    /// The instruction set of the CPU device's kernels.
+    #[serde(default)]
+    pub isa: Option<String>,
+    /// The build of kiln that made it, [`profile`]; empty where an older one did not say.
+    #[serde(default)]
+    pub profile: String,
     /// Measured in the same run, or the datasheet's of a prediction.
     pub ceilings: Ceilings,
 }
@@ -155,6 +177,28 @@ pub struct Ceilings {
     pub float_gflop_per_s: f64,
     /// Of kernels with integer weights, where these multiply integers.
     pub integer_gop_per_s: Option<f64>,
+}
+
+impl Ceilings {
+    /// Of two measurements the better, in each figure.
+    pub(crate) fn max(self, other: Ceilings) -> Ceilings {
+        Ceilings {
+            read_gb_per_s: self.read_gb_per_s.max(other.read_gb_per_s),
+            float_gflop_per_s: self.float_gflop_per_s.max(other.float_gflop_per_s),
+            integer_gop_per_s: match (self.integer_gop_per_s, other.integer_gop_per_s) {
+                (Some(one), Some(two)) => Some(one.max(two)),
+                (one, two) => one.or(two),
+            },
+        }
+    }
+}
+
+/// Cargo's profile of this program: `dev` or `release`.
+pub(crate) fn profile() -> &'static str {
+    match cfg!(debug_assertions) {
+        true => "dev",
+        false => "release",
+    }
 }
 
 /// How times came about.
@@ -346,7 +390,8 @@ impl Times {
         Times {
             median_us: (at(last / 2) + at(sorted.len() / 2)) / 2.0,
             min_us: at(0),
-            p95_us: at((last * 19).div_ceil(20)),
+            // The nearest rank, counted from 1.
+            p95_us: at((sorted.len() * 19).div_ceil(20).saturating_sub(1)),
             samples_us,
         }
     }
@@ -422,6 +467,8 @@ mod tests {
             (times.min_us, times.median_us, times.p95_us),
             (1.0, 11.0, 20.0)
         );
+        let twenty = Times::of((1..=20).map(f64::from).collect());
+        assert_eq!((twenty.median_us, twenty.p95_us), (10.5, 19.0));
         assert_eq!(Times::of(vec![3.0, 1.0]).median_us, 2.0);
         assert!(Times::of(vec![]).median_us.is_nan());
     }
@@ -441,6 +488,15 @@ mod tests {
             // The last bit of a number may differ.
             assert_eq!(format!("{read:.6?}"), format!("{table:.6?}"));
         }
+    }
+
+    #[test]
+    fn what_would_not_be_read_is_not_written() {
+        let mut table = crate::testing::table(1);
+        let text = table.to_json().unwrap();
+        assert!(Table::parse(&text).is_ok());
+        table.models[0].steps[0].rows[0].time.samples_us = vec![1.0; MAX_SAMPLES + 1];
+        assert!(table.to_json().unwrap_err().contains("at most"));
     }
 
     #[test]

@@ -53,13 +53,16 @@ pub fn predict_steps(
     plans: &[StepPlan],
     gpu: &Gpu,
 ) -> Result<Vec<StepTable>, TableError> {
-    let reports = reports(bundle, target)?;
+    let reports = Reports::read(bundle, target)?;
     let mut disassembly = Disassembly::new(bundle.dir());
     let steps = plans.iter().map(|plan| {
         let executable = &target.executables[plan.executable];
         let program = &target.programs[executable.program as usize];
         let predictions = predict_kernels(target, executable, &plan.size(), gpu);
-        let predictions = predictions.unwrap_or_default();
+        let predictions = predictions.ok_or_else(|| {
+            let problem = format!("{} has no program", executable.name);
+            unreadable(bundle.dir(), &problem)
+        })?;
         let total: Prediction = predictions.iter().copied().sum();
         let launches = |index: usize| -> Vec<(u32, [u32; 3])> {
             launches_of(executable, index)
@@ -69,12 +72,12 @@ pub fn predict_steps(
         let mut rows = Vec::new();
         for kind in kinds(target, program, plan, launches) {
             let first = kind.kernels[0];
-            let prediction = predictions.get(first).copied().unwrap_or_default();
+            let prediction = predictions[first];
             let mut resources = Vec::new();
             for launch in launches_of(executable, first) {
                 let image = &target.images[launch.image as usize];
-                let report = reports.get(&image.entry).copied().unwrap_or_default();
-                let mut resources_of = resources_of(launch, image, &report, &target.name);
+                let report = reports.of(&image.entry)?;
+                let mut resources_of = resources_of(launch, image, report, &target.name);
                 resources_of.instructions = disassembly.instructions(image);
                 resources.push(resources_of);
             }
@@ -132,8 +135,12 @@ fn resources_of(
     KernelResources {
         source: image.source.clone(),
         registers: report.registers,
-        smem_bytes: report.static_smem_bytes + image.dynamic_smem_bytes,
-        spill_bytes: report.spill_store_bytes + report.spill_load_bytes,
+        smem_bytes: report
+            .static_smem_bytes
+            .saturating_add(image.dynamic_smem_bytes),
+        spill_bytes: report
+            .spill_store_bytes
+            .saturating_add(report.spill_load_bytes),
         grid: launch.grid,
         block: [image.block_threads, 1, 1],
         blocks_per_multiprocessor: blocks,
@@ -143,16 +150,29 @@ fn resources_of(
 }
 
 /// What the compiler said of each entry point.
-fn reports(bundle: &Bundle, target: &Target) -> Result<BTreeMap<String, Resources>, TableError> {
-    let name = format!("cuda/{}/resources.json", target.name);
-    if !bundle.manifest().files.contains_key(&name) {
-        return Err(TableError::NoMachineCode {
-            target: target.name.clone(),
-        });
+struct Reports {
+    path: PathBuf,
+    by_entry: BTreeMap<String, Resources>,
+}
+
+impl Reports {
+    fn read(bundle: &Bundle, target: &Target) -> Result<Reports, TableError> {
+        let name = format!("cuda/{}/resources.json", target.name);
+        if !bundle.manifest().files.contains_key(&name) {
+            return Err(TableError::NoMachineCode {
+                target: target.name.clone(),
+            });
+        }
+        let path = bundle.dir().join(name);
+        let text = fs::read(&path).map_err(|error| unreadable(&path, &error))?;
+        let by_entry = serde_json::from_slice(&text).map_err(|error| unreadable(&path, &error))?;
+        Ok(Reports { path, by_entry })
     }
-    let path = bundle.dir().join(name);
-    let text = fs::read(&path).map_err(|error| unreadable(&path, &error))?;
-    serde_json::from_slice(&text).map_err(|error| unreadable(&path, &error))
+
+    fn of(&self, entry: &str) -> Result<&Resources, TableError> {
+        let found = self.by_entry.get(entry);
+        found.ok_or_else(|| unreadable(&self.path, &format!("it has no entry {entry:?}")))
+    }
 }
 
 fn unreadable(path: &Path, problem: &dyn std::fmt::Display) -> TableError {

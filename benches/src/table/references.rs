@@ -12,7 +12,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// Weights go round in copies of at least so many bytes in all, far more than caches hold.
+/// Weights go round in copies of at least so many bytes in all, far more than caches hold. A larger matrix
+/// needs no second copy.
 const ROTATED_BYTES: usize = 256 << 20;
 const WARM_UP: usize = 2;
 
@@ -48,7 +49,7 @@ pub fn gemm(
 }
 
 fn product(pool: &ThreadPool, rows: usize, n: usize, k: usize, repeat: usize) -> Times {
-    let copies = (ROTATED_BYTES / (n * k * size_of::<f32>())).clamp(2, repeat + WARM_UP);
+    let copies = ROTATED_BYTES.div_ceil(n * k * size_of::<f32>());
     let weights = vec![0.01_f32; copies * n * k];
     let x = vec![0.5_f32; rows * k];
     let mut out = vec![0.0_f32; rows * n];
@@ -141,10 +142,12 @@ pub fn torch(
     }
     let answers: Vec<Vec<Answer>> = serde_json::from_slice(&output.stdout)
         .map_err(|error| failed(format!("its answer is not sound: {error}")))?;
-    if answers.len() != shapes.len() {
-        return Err(failed(
-            "its answer is not sound: shapes are missing".to_owned(),
-        ));
+    let times = |us: &[f64]| us.len() == repeat && us.iter().all(|us| us.is_finite() && *us > 0.0);
+    if answers.len() != shapes.len() || answers.iter().flatten().any(|answer| !times(&answer.us)) {
+        return Err(failed(format!(
+            "its answer is not sound: needed are {repeat} times for each of {} shapes",
+            shapes.len()
+        )));
     }
     for (shape, answers) in shapes.iter().zip(answers) {
         let references = answers.into_iter().map(|Answer { format, us }| Reference {

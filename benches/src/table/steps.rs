@@ -2,6 +2,7 @@
 
 use super::error::TableError;
 use kiln_bundle::{Bounds, Executable, Phase, work::StepSize};
+use std::collections::HashSet;
 
 /// KV lengths of a sweep.
 const SWEEP: [usize; 8] = [16, 32, 64, 128, 256, 512, 1024, 2048];
@@ -62,7 +63,7 @@ impl StepPlan {
 /// sequence and of as many as a step takes, in the buckets for the longest, each at its full length.
 ///
 /// # Errors
-/// [`TableError::NoExecutable`], [`TableError::KvLen`], [`TableError::Tokens`].
+/// [`TableError::NoExecutable`], [`TableError::NoSuchStep`], [`TableError::KvLen`], [`TableError::Tokens`].
 pub fn plan_steps(
     target: &str,
     executables: &[Executable],
@@ -79,8 +80,26 @@ pub fn plan_steps(
                 found: executables.iter().map(|has| has.name.clone()).collect(),
             })
         });
-        named.collect::<Result<_, _>>()?
+        let mut named: Vec<usize> = named.collect::<Result<_, _>>()?;
+        let mut seen = HashSet::new();
+        named.retain(|&index| seen.insert(index));
+        named
     };
+    let has_decode_flags = wanted.sweep_kv || !wanted.kv_lens.is_empty();
+    for (given, flag, phase) in [
+        (wanted.tokens.is_some(), "--tokens", Phase::Prefill),
+        (has_decode_flags, "--kv-len or --sweep-kv", Phase::Decode),
+    ] {
+        let is_there = |&index: &usize| executables[index].phase == phase;
+        if given && !chosen.iter().any(is_there) {
+            let names = chosen.iter().map(|&index| executables[index].name.clone());
+            return Err(TableError::NoSuchStep {
+                flag,
+                phase,
+                executables: names.collect(),
+            });
+        }
+    }
     let mut plans = Vec::new();
     for index in chosen {
         let executable = &executables[index];

@@ -2,12 +2,15 @@
 
 use crate::table::{KernelResources, ModelTable, Row, Source, StepTable, Table};
 use comfy_table::{CellAlignment, Table as Text, presets};
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// Instructions that are shown: products of tensor cores, and what reaches memory.
-const TELLING: [&str; 9] = [
+const SHOWN_OPCODES: [&str; 9] = [
     "HMMA", "LDG", "LDGSTS", "LDS", "LDL", "STG", "STS", "STL", "ATOMG",
 ];
+
+/// Columns that are no figures: kernel, shapes, format.
+const TEXTS: usize = 3;
 
 /// All of a table.
 pub fn text(table: &Table) -> String {
@@ -74,7 +77,7 @@ fn measured(step: &StepTable) -> String {
             references.push(key);
         }
     }
-    let mut table = new_table(
+    let mut table = figures(
         &[
             "kernel",
             "shapes",
@@ -98,6 +101,7 @@ fn measured(step: &StepTable) -> String {
                 .map(|(name, format)| format!("{name} {format}")),
         )
         .collect::<Vec<_>>(),
+        TEXTS,
     );
     for row in &step.rows {
         let mut cells = common(row);
@@ -146,13 +150,14 @@ fn measured(step: &StepTable) -> String {
         percent(step.floor_us / step.time.median_us),
     );
     if !references.is_empty() {
-        text += "references: their time over this one's; above 1, kiln is faster\n";
+        text += "references: their time over this one's; above 1, kiln is faster. They compute the product alone, \
+                 without norm, bias, activation and residual\n";
     }
     text
 }
 
 fn predicted(step: &StepTable) -> String {
-    let mut table = new_table(
+    let mut table = figures(
         &[
             "kernel",
             "shapes",
@@ -171,8 +176,8 @@ fn predicted(step: &StepTable) -> String {
             "blocks/SM",
             "occupancy",
             "instructions",
-        ]
-        .map(str::to_owned),
+        ],
+        TEXTS,
     );
     for row in &step.rows {
         let mut cells = common(row);
@@ -207,12 +212,12 @@ fn resources(launch: &KernelResources) -> [String; 8] {
         1 => format!("{x}x{y}"),
         _ => format!("{x}x{y}x{z}"),
     };
-    let telling = launch.instructions.iter();
-    let telling = telling.filter(|(kind, _)| {
+    let shown = launch.instructions.iter();
+    let shown = shown.filter(|(kind, _)| {
         let operation = kind.split('.').next().unwrap_or_default();
-        TELLING.contains(&operation)
+        SHOWN_OPCODES.contains(&operation)
     });
-    let instructions: Vec<String> = telling
+    let instructions: Vec<String> = shown
         .map(|(kind, count)| format!("{kind} {count}"))
         .chain(match launch.instructions.is_empty() {
             true => None,
@@ -221,8 +226,8 @@ fn resources(launch: &KernelResources) -> [String; 8] {
                 launch
                     .instructions
                     .iter()
-                    .map(|(_, count)| count)
-                    .sum::<u32>()
+                    .map(|(_, count)| u64::from(*count))
+                    .sum::<u64>()
             )),
         })
         .collect();
@@ -273,11 +278,11 @@ fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-/// The first three columns are text, the others numbers.
-fn new_table(header: &[String]) -> Text {
+/// A table whose columns behind the first few are figures.
+pub(crate) fn figures(header: &[impl Display], names: usize) -> Text {
     let mut table = Text::new();
     table.load_preset(presets::NOTHING).set_header(header);
-    for column in table.column_iter_mut().skip(3) {
+    for column in table.column_iter_mut().skip(names) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table

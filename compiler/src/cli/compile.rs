@@ -4,8 +4,8 @@ use super::model::ModelArguments;
 use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use kiln_bundle::trace::{Label, Trace, TraceFile};
-use kiln_bundle::{DType, WeightFormat};
+use kiln_bundle::trace::{Label, Trace};
+use kiln_bundle::{DType, WeightFormat, WholeFile};
 use kiln_compiler::{CompileOptions, Compiled, Progress, TargetChoice, compile, cuda::native_gpu};
 use serde_json::json;
 use std::{
@@ -154,7 +154,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let trace_file = arguments
         .trace
         .as_deref()
-        .map(TraceFile::create)
+        .map(WholeFile::create)
         .transpose()?;
     if let Some(jobs) = arguments.jobs {
         rayon::ThreadPoolBuilder::new()
@@ -193,7 +193,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let manifest = &compiled.manifest;
     let (trace, stages) = bar.finish();
     if let Some(file) = trace_file {
-        file.finish(&trace)?;
+        file.finish(|to| trace.write(to))?;
     }
     for note in &compiled.notes {
         eprintln!("note: {note}");
@@ -232,7 +232,7 @@ fn count(number: usize, noun: &str) -> String {
 fn report(
     output: &Path,
     compiled: &Compiled,
-    stages: &[(String, f64)],
+    stages: &[(&'static str, f64)],
     bytes: u64,
 ) -> serde_json::Value {
     let manifest = &compiled.manifest;
@@ -277,6 +277,8 @@ struct Bar {
 struct Record {
     trace: Trace,
     stage: Option<(&'static str, Instant)>,
+    /// Those that are over, with their milliseconds: a trace that is full has them no more.
+    stages: Vec<(&'static str, f64)>,
 }
 
 /// The track of the stages.
@@ -288,6 +290,7 @@ impl Record {
             let track = self.trace.track(STAGES);
             let length = began.elapsed();
             self.trace.add(track, Label::new(name), began, length);
+            self.stages.push((name, length.as_secs_f64() * 1e3));
         }
     }
 }
@@ -308,6 +311,7 @@ impl Bar {
             record: Mutex::new(Record {
                 trace: Trace::new(),
                 stage: None,
+                stages: Vec::new(),
             }),
             interrupted: Arc::default(),
         }
@@ -318,16 +322,11 @@ impl Bar {
     }
 
     /// What ran when, and name and milliseconds of each stage.
-    fn finish(self) -> (Trace, Vec<(String, f64)>) {
+    fn finish(self) -> (Trace, Vec<(&'static str, f64)>) {
         self.bar.finish_and_clear();
         self.record().end_stage();
         let record = self.record.into_inner();
-        let Record { mut trace, .. } = record.unwrap_or_else(PoisonError::into_inner);
-        let track = trace.track(STAGES);
-        let spans = trace.spans().iter().filter(|span| span.track == track);
-        let stages = spans
-            .map(|span| (span.label.name.to_string(), span.length.as_secs_f64() * 1e3))
-            .collect();
+        let Record { trace, stages, .. } = record.unwrap_or_else(PoisonError::into_inner);
         (trace, stages)
     }
 }

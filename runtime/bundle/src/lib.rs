@@ -13,6 +13,7 @@ pub mod packing;
 mod read;
 pub mod trace;
 mod verify;
+mod whole_file;
 pub mod work;
 #[cfg(feature = "write")]
 mod write;
@@ -32,5 +33,6 @@ pub use manifest::{
 };
 pub use read::{Bundle, BundleError, TensorView, WeightFile};
 pub use verify::{ManifestError, WeightRole};
+pub use whole_file::{WholeFile, WholeFileError};
 #[cfg(feature = "write")]
 pub use write::{BundleWriter, TensorDecl, TensorSink, WriteError};

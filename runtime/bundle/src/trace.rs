@@ -2,9 +2,7 @@
 
 use serde::{Serialize, Serializer};
 use std::borrow::Cow;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -251,71 +249,6 @@ fn microseconds(time: Duration) -> f64 {
     time.as_nanos() as f64 / 1e3
 }
 
-/// A file for a trace, which appears when it is whole.
-///
-/// The file next to it that it is written to is made at once, so that a path that cannot be written
-/// is found out before the work and not after it.
-#[derive(Debug)]
-pub struct TraceFile {
-    path: PathBuf,
-    unfinished: PathBuf,
-    file: File,
-}
-
-/// A trace cannot be written: the path is wrong, or the disk is full.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot write the trace {}: {source}", path.display())]
-pub struct TraceError {
-    /// Where it was to be.
-    pub path: PathBuf,
-    /// What the system said.
-    pub source: io::Error,
-}
-
-impl TraceFile {
-    /// Makes sure that the file can be written.
-    ///
-    /// # Errors
-    /// [`TraceError`].
-    pub fn create(path: &Path) -> Result<TraceFile, TraceError> {
-        let cannot = |source| TraceError {
-            path: path.to_owned(),
-            source,
-        };
-        let name = path.file_name().filter(|_| !path.is_dir());
-        let name = name.ok_or_else(|| cannot(io::ErrorKind::IsADirectory.into()))?;
-        let mut unfinished = name.to_owned();
-        unfinished.push(format!(".{}.tmp", std::process::id()));
-        let unfinished = path.with_file_name(unfinished);
-        Ok(TraceFile {
-            file: File::create(&unfinished).map_err(cannot)?,
-            path: path.to_owned(),
-            unfinished,
-        })
-    }
-
-    /// Writes the trace.
-    ///
-    /// # Errors
-    /// [`TraceError`]; nothing is left behind then.
-    pub fn finish(self, trace: &Trace) -> Result<(), TraceError> {
-        let mut to = BufWriter::new(&self.file);
-        let written = trace.write(&mut to).and_then(|()| to.flush());
-        let renamed = written.and_then(|()| fs::rename(&self.unfinished, &self.path));
-        renamed.map_err(|source| TraceError {
-            path: self.path.clone(),
-            source,
-        })
-    }
-}
-
-impl Drop for TraceFile {
-    fn drop(&mut self) {
-        // Renamed by now, unless something went wrong, which has been reported.
-        let _ = fs::remove_file(&self.unfinished);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -392,26 +325,6 @@ mod tests {
             trace.add(track, Label::new("early"), before, us(length));
             let span = trace.spans().last().unwrap();
             assert_eq!((span.start, span.length), (us(0), us(left)));
-        }
-    }
-
-    #[test]
-    fn a_file_appears_whole_or_not_at_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let files = || fs::read_dir(dir.path()).unwrap().count();
-        let path = dir.path().join("trace.json");
-        drop(TraceFile::create(&path).unwrap());
-        assert_eq!(files(), 0);
-        let file = TraceFile::create(&path).unwrap();
-        assert!(!path.exists());
-        file.finish(&Trace::new()).unwrap();
-        assert_eq!(files(), 1);
-        let text = fs::read_to_string(&path).unwrap();
-        assert_eq!(text, "{\"traceEvents\":[\n]}\n");
-        for wrong in [dir.path().join("none/x"), dir.path().to_owned()] {
-            let error = TraceFile::create(&wrong).unwrap_err().to_string();
-            let expected = format!("cannot write the trace {}: ", wrong.display());
-            assert!(error.starts_with(&expected), "{error}");
         }
     }
 }

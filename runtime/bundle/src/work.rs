@@ -61,6 +61,13 @@ pub struct Work {
     pub flops: f64,
 }
 
+impl Work {
+    /// The least time at these rates, in microseconds: the longer of bytes and operations.
+    pub fn floor_us(&self, gb_per_s: f64, gflop_per_s: f64) -> f64 {
+        (self.bytes / gb_per_s).max(self.flops / gflop_per_s) / 1e3
+    }
+}
+
 impl Sum for Work {
     fn sum<I: Iterator<Item = Work>>(parts: I) -> Work {
         parts.fold(Work::default(), |sum, part| Work {

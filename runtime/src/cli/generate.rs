@@ -7,7 +7,7 @@ use super::{DeviceArgs, Loaded, describe, load, read_file};
 use super::{interactive, interrupt};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
-use kiln_bundle::trace::{Trace, TraceFile};
+use kiln_bundle::{WholeFile, trace::Trace};
 use kiln_runtime::{Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId};
 use std::collections::HashMap;
 use std::io;
@@ -128,7 +128,7 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         return interactive::run(first, args.settings, load(&args.bundle, &args.device)?);
     }
     let began = Instant::now();
-    let trace_file = args.trace.as_deref().map(TraceFile::create).transpose()?;
+    let trace_file = args.trace.as_deref().map(WholeFile::create).transpose()?;
     let trace = trace_file.is_some().then(Trace::new);
     let Loaded {
         mut engine,
@@ -164,7 +164,7 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let mut printer = Printer::new(io::stdout().lock(), args.json, load_time);
     let failed = batch.generate(&mut engine, &mut printer, &mut files)?;
     if let Some((file, trace)) = trace_file.zip(engine.take_trace()) {
-        file.finish(&trace)?;
+        file.finish(|to| trace.write(to))?;
     }
     if interrupt::interrupted() && !engine.is_idle() {
         let (done, all) = (printer.printed(), batch.running.len());

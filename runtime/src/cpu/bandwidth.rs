@@ -16,6 +16,9 @@ pub struct Bandwidth {
     pub best: f64,
 }
 
+/// Bytes to read for it: far more than caches hold.
+pub const BANDWIDTH_BYTES: usize = 512 << 20;
+
 const PASSES: usize = 9;
 
 /// Reads a buffer of `bytes` bytes, which should be far larger than the caches, with all threads of

@@ -32,7 +32,7 @@ mod testing;
 mod tile;
 
 pub use attention::{Attention, KvCache, KvCacheMut, Sequence, attention, write_kv};
-pub use bandwidth::{Bandwidth, read_bandwidth};
+pub use bandwidth::{BANDWIDTH_BYTES, Bandwidth, read_bandwidth};
 pub use embed::{Embedding, PositionTable, embed};
 pub use linear::{Activation, Linear, Residual, linear};
 pub use norm::{Norm, layer_norm};

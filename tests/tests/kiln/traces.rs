@@ -228,7 +228,7 @@ fn there_is_a_trace_where_one_is_asked_for_and_can_be_written() {
         generate.args(["generate", "no-such.kiln", "The sea", "--trace", wrong]);
         let output = in_dir(&mut generate);
         let message = failure(&output, 1);
-        let expected = format!("cannot write the trace {wrong}: ");
+        let expected = format!("cannot write {wrong}: ");
         assert!(message.contains(&expected), "{message}");
         assert!(output.stdout.is_empty());
         let mut compile = program("kilnc");

@@ -273,7 +273,11 @@ fn kv_error(error: StorageError) -> DeviceError {
 
 impl CpuDevice {
     /// Runs a checked step whose lists are in `self.batch`.
-    pub(super) fn execute(&mut self, step: &Step) -> Result<StepOutput, DeviceError> {
+    pub(super) fn execute(
+        &mut self,
+        step: &Step,
+        mut clock: Clock,
+    ) -> Result<StepOutput, DeviceError> {
         let executable = &self.target.executables[step.executable];
         let program = &self.target.programs[executable.program as usize];
         let layout = Layout {
@@ -283,7 +287,6 @@ impl CpuDevice {
             logit_rows: self.batch.rows(RowKind::Logits),
         };
         let arena: &mut [f32] = bytemuck::cast_slice_mut(&mut self.arena);
-        let mut clock = Clock::new(step.observe.kernel_times);
         let mut hidden_states = Vec::new();
         if step.observe.hidden_states {
             let hidden_size = self.manifest.model.hidden_size as usize;
@@ -344,14 +347,14 @@ impl CpuDevice {
     }
 }
 
-/// Notes when kernels run, where that is to be seen.
-struct Clock {
+/// Notes when kernels run since it was made, where that is to be seen.
+pub(super) struct Clock {
     began: Option<Instant>,
     times: Vec<KernelTime>,
 }
 
 impl Clock {
-    fn new(wanted: bool) -> Clock {
+    pub(super) fn new(wanted: bool) -> Clock {
         Clock {
             began: wanted.then(Instant::now),
             times: Vec::new(),

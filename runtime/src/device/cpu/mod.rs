@@ -11,9 +11,9 @@ mod tests;
 use super::check::{Ground, check_step};
 use super::memory::{Room, available_bytes, plan_memory};
 use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput};
-use crate::cpu::{Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
+use crate::cpu::{BANDWIDTH_BYTES, Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
 use crate::sampling::Sampler;
-use execute::{Batch, Weights};
+use execute::{Batch, Clock, Weights};
 use kiln_bundle::packing::Layout;
 use kiln_bundle::{ALIGN_BYTES, Bundle, DType, Executable, KernelSpec, Manifest, Target};
 use kv_memory::KvMemory;
@@ -26,8 +26,6 @@ const TARGET: &str = "cpu";
 /// The part of the memory left beside weights and activations that the KV cache takes at most,
 /// unless a size is asked for.
 const KV_CACHE_SHARE: f64 = 0.5;
-/// Bytes read to measure bandwidth: far more than caches hold.
-const BANDWIDTH_BYTES: usize = 512 << 20;
 
 /// How the CPU device is set up.
 #[derive(Clone, Copy, Debug, Default)]
@@ -167,6 +165,7 @@ impl Device for CpuDevice {
     }
 
     fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
+        let clock = Clock::new(step.observe.kernel_times);
         let ground = Ground {
             executables: &self.target.executables,
             facts: &self.facts,
@@ -176,7 +175,7 @@ impl Device for CpuDevice {
             self.last_sampled[slot as usize].is_some()
         })?;
         self.batch.fill(step, &self.last_sampled);
-        let output = self.execute(step)?;
+        let output = self.execute(step, clock)?;
         let id = StepId(self.next_step);
         self.next_step += 1;
         self.outputs.push_back((id, output));
