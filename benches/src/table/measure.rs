@@ -105,7 +105,8 @@ fn row(kind: &Kind, steps: &[Vec<KernelTime>], step_us: f64) -> Row {
     let count = kind.kernels.len();
     let mean = |times: &Vec<KernelTime>| {
         let sum: Duration = kind.kernels.iter().map(|&index| times[index].length).sum();
-        microseconds(sum) / count as f64
+        // To a nanosecond.
+        (microseconds(sum) / count as f64 * 1e3).round() / 1e3
     };
     let time = Times::of(steps.iter().map(mean).collect());
     Row {
