@@ -177,22 +177,32 @@ fn a_measured_table_adds_up() {
             .map(|row| row["count"].as_u64().unwrap())
             .collect();
         assert_eq!(counts, [1, 3, 3, 3, 3, 3, 1, 1]);
-        let mut sum = 0.0;
+        let remainder = number(step, "/remainder_us");
+        let mut turns = vec![remainder; 100];
         for row in rows {
             let median = number(row, "/time/median_us");
             assert!(median > 0.0 && number(row, "/time/min_us") <= median);
-            assert_eq!(row["time"]["samples_us"].as_array().unwrap().len(), 100);
-            sum += median * row["count"].as_f64().unwrap();
+            let samples = row["time"]["samples_us"].as_array().unwrap();
+            assert_eq!(samples.len(), 100);
+            for (turn, sample) in turns.iter_mut().zip(samples) {
+                *turn += sample.as_f64().unwrap() * row["count"].as_f64().unwrap();
+            }
             let linear = matches!(row["kernel"].as_str(), Some("linear" | "qkv"));
             assert_eq!(row.get("references").is_some(), linear);
         }
         let whole = number(step, "/time/median_us");
-        let remainder = number(step, "/remainder_us");
         assert!(remainder > 0.0 && remainder < whole);
-        // The three are of different steps, and the machine is busy.
-        let explained = (sum + remainder) / whole;
+        // Kernels and the steps that they are held against are timed in turn; the machine is busy.
+        let steps = step["time"]["samples_us"].as_array().unwrap();
+        let steps = steps.iter().map(|us| us.as_f64().unwrap());
+        let mut shares: Vec<f64> = turns
+            .iter()
+            .zip(steps)
+            .map(|(turn, us)| turn / us)
+            .collect();
+        shares.sort_unstable_by(f64::total_cmp);
+        let explained = shares[shares.len() / 2];
         assert!((explained - 1.0).abs() < 0.15, "{explained} of {whole} us");
-        assert!(sum > 0.3 * whole, "{sum} of {whole}");
     }
     for part in [
         "layernorm + linear 64 -> 128 + bias + relu",
