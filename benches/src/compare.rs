@@ -148,10 +148,10 @@ impl fmt::Display for Key {
 /// Why two tables are not compared: the caller's mistake.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum CompareError {
-    /// Times of different machines say nothing of the program.
+    /// Times of different machines, or of another profile of Cargo's, say nothing of the program.
     #[error(
-        "the tables are of different machines: the old one of {old}, the new one of {new}; \
-         measure both on one, or allow it with --across-machines"
+        "the tables are of different machines or builds: the old one of {old}, the new one of {new}; \
+         measure both alike, or allow it with --across-machines"
     )]
     Machines {
         /// Of the old table.
@@ -213,9 +213,13 @@ pub fn compare(
     new: &Table,
     options: CompareOptions,
 ) -> Result<Comparison, CompareError> {
-    let machines = [old, new].map(|table| match table.machine.threads {
-        Some(threads) => format!("{:?} with {threads} threads", table.machine.device),
-        None => format!("{:?}", table.machine.device),
+    let machines = [old, new].map(|table| {
+        let machine = &table.machine;
+        let threads = machine.threads.map(|n| format!(" with {n} threads"));
+        let profile = Some(&machine.profile).filter(|profile| !profile.is_empty());
+        let profile = profile.map(|profile| format!(", a {profile} build"));
+        let (threads, profile) = (threads.unwrap_or_default(), profile.unwrap_or_default());
+        format!("{:?}{threads}{profile}", machine.device)
     });
     if machines[0] != machines[1] && !options.across_machines {
         let [old, new] = machines;

@@ -85,7 +85,9 @@ pub fn predict_steps(
         }
         let time = Times::predicted(total.total_us());
         let kernels_us: f64 = rows.iter().map(Row::total_us).sum();
-        let remainder_us = (time.median_us - kernels_us).max(0.0);
+        // Nothing but what sums are rounded by, where every launch belongs to a kernel.
+        let rest = time.median_us - kernels_us;
+        let remainder_us = if rest > 1e-6 * kernels_us { rest } else { 0.0 };
         Ok(step_table(executable, plan, rows, time, remainder_us))
     });
     steps.collect()
