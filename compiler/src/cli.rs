@@ -123,12 +123,14 @@ fn table(header: &[&str]) -> Table {
 
 /// How a target's matrices are stored: `int4:g64, LM head int8`.
 fn formats(target: &Target) -> String {
-    match target.lm_head() {
-        Some(lm_head) if lm_head != target.weights => {
-            format!("{}, LM head {lm_head}", target.weights)
-        }
-        _ => target.weights.to_string(),
+    let mut formats = target.weights.to_string();
+    if let Some(lm_head) = target.lm_head().filter(|head| *head != target.weights) {
+        formats = format!("{formats}, LM head {lm_head}");
     }
+    if let Some(activations) = target.activations {
+        formats = format!("{formats}, activations {}", activations.name());
+    }
+    formats
 }
 
 /// Prints a result; a reader that has gone away is no failure.

@@ -1,7 +1,7 @@
 //! What the caller chooses, and the buckets that follow from it.
 
 use crate::cuda::CudaTarget;
-use kiln_bundle::{Bounds, DType, IntFormat, Limits, Phase, WeightFormat};
+use kiln_bundle::{Activations, Bounds, DType, IntFormat, Limits, Phase, WeightFormat};
 use kiln_models::ModelConfig;
 use std::path::PathBuf;
 
@@ -35,6 +35,8 @@ pub struct CompileOptions {
     /// How the LM head is stored, and the token table. When absent: as int8 where `weights` are given as
     /// integers, else as `weights` or, where these are absent, as in the checkpoint.
     pub lm_head: Option<WeightFormat>,
+    /// What the CPU rounds rows to before products with weights of the same kind of numbers.
+    pub activations: Option<Activations>,
     /// A text to round matrices of integers by; without it each weight is rounded to the nearest.
     pub calibrate: Option<PathBuf>,
     /// A text whose perplexity is computed, by the checkpoint's weights and by those that are stored.
@@ -65,6 +67,7 @@ impl Default for CompileOptions {
             dtype: None,
             weights: None,
             lm_head: None,
+            activations: None,
             calibrate: None,
             eval: None,
             eval_tokens: 4096,
@@ -125,6 +128,8 @@ pub struct ElementTypes {
     pub others: WeightFormat,
     /// Of position tables.
     pub tables: DType,
+    /// What the CPU rounds rows to before products.
+    pub activations: Option<Activations>,
 }
 
 impl ElementTypes {
@@ -136,6 +141,7 @@ impl ElementTypes {
             lm_head: weights,
             others: weights,
             tables: weights.element(),
+            activations: None,
         }
     }
 }
@@ -189,6 +195,7 @@ impl CompileOptions {
                     stored => stored,
                 }
                 .element(),
+                activations: self.activations_of(weights)?,
             });
         }
         let narrow = |dtype: &DType| matches!(dtype, DType::F16 | DType::Bf16);
@@ -226,6 +233,29 @@ impl CompileOptions {
             lm_head,
             others: self.weights.unwrap_or(others),
             tables: dtype,
+            activations: self.activations_of(weights)?,
+        })
+    }
+
+    /// What rows are rounded to, if that goes with such weights and any target.
+    fn activations_of(&self, weights: WeightFormat) -> Result<Option<Activations>, OptionError> {
+        let Some(activations) = self.activations else {
+            return Ok(None);
+        };
+        let needed = if !self.targets.contains(&TargetChoice::Cpu) {
+            "it is for the target cpu; GPUs compute with what --dtype says"
+        } else if activations.suit(weights) {
+            return Ok(Some(activations));
+        } else {
+            match activations {
+                Activations::Bf16 => "that goes with --weights bf16",
+                Activations::Int8 => "that goes with weights of int8 or int4",
+            }
+        };
+        Err(OptionError {
+            flag: "activations",
+            found: format!("{} beside weights of {weights}", activations.name()),
+            needed: needed.to_owned(),
         })
     }
 

@@ -6,8 +6,8 @@ use crate::{
     pack_weights, passes, plan::KernelPlan, plan_memory, specialise, tokenizer,
 };
 use kiln_bundle::{
-    Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
-    Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
+    Activations, Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest,
+    ModelInfo, Phase, Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
 };
 use kiln_ir::{Graph, WeightId, WeightSource};
 use kiln_models::{ModelConfig, Weights, build};
@@ -120,6 +120,7 @@ pub fn compile(
             exceptions: formats.exceptions.clone(),
             tables: types.tables,
             dtype: types.dtype,
+            activations: types.activations,
             layout: Layout::Panels,
             weights_file: "weights-cpu.safetensors".to_owned(),
             programs,
@@ -148,6 +149,7 @@ pub fn compile(
                 exceptions: formats.exceptions.clone(),
                 tables: types.tables,
                 dtype: types.dtype,
+                activations: None,
                 layout: Layout::Tiles,
                 weights_file: "weights-cuda.safetensors".to_owned(),
                 programs: programs.clone(),
@@ -172,7 +174,7 @@ pub fn compile(
     }
 
     progress.stage("self-test");
-    manifest.self_test = self_test(&graph, &exact, &manifest, types.dtype, progress)?;
+    manifest.self_test = self_test(&graph, &exact, &manifest, &types, progress)?;
     let manifest = writer.finish(manifest)?;
     Ok(Compiled {
         manifest,
@@ -390,7 +392,7 @@ fn self_test(
     graph: &Graph,
     weights: &Stored<'_>,
     manifest: &Manifest,
-    dtype: DType,
+    types: &ElementTypes,
     progress: &dyn Progress,
 ) -> Result<SelfTest, CompileError> {
     let vocabulary = manifest.model.vocab_size;
@@ -413,10 +415,14 @@ fn self_test(
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     ranked.truncate(SELF_TEST_LOGITS);
     // Only what a target rounds and the interpreter does not: the cache, activations, and f32 sums.
-    let tolerance = match dtype {
+    let tolerance: f32 = match types.dtype {
         DType::F32 | DType::I32 | DType::U8 => 5e-4,
         DType::F16 => 5e-3,
         DType::Bf16 => 4e-2,
+    };
+    let tolerance = match types.activations {
+        None => tolerance,
+        Some(Activations::Bf16 | Activations::Int8) => tolerance.max(4e-2),
     };
     Ok(SelfTest {
         token_ids,

@@ -75,6 +75,7 @@ pub(crate) fn manifest(max_tokens: u32, max_batch: u32, max_seq_len: u32) -> Man
             name: "fake".to_owned(),
             weights: WeightFormat::F32,
             exceptions: Default::default(),
+            activations: None,
             tables: DType::F32,
             dtype: DType::F32,
             layout: Layout::Panels,

@@ -42,11 +42,13 @@ PROMPT, STEPS, PREFILL = 32, 32, 512
 # What is measured of each class: peer and format.
 CLASSES = {
     "f32": [("kiln", "f32"), ("ctranslate2", "f32"), ("openvino", "f32"), ("torch", "f32"), ("torch-compiled", "f32"), ("llama", "f32")],
-    "16bit": [("kiln", "bf16"), ("ctranslate2", "bf16"), ("openvino", "f16"), ("torch", "bf16"), ("torch-compiled", "bf16"),
+    "16bit": [("kiln", "bf16"), ("kiln", "bf16-a16"), ("ctranslate2", "bf16"), ("openvino", "f16"), ("torch", "bf16"), ("torch-compiled", "bf16"),
               ("llama", "bf16"), ("llama", "f16")],
-    "int8": [("kiln", "int8"), ("ctranslate2", "int8"), ("openvino", "int8"), ("torch", "int8"), ("llama", "int8")],
-    "int4": [("kiln", "int4"), ("openvino", "int4"), ("llama", "int4")],
+    "int8": [("kiln", "int8"), ("kiln", "int8-a8"), ("ctranslate2", "int8"), ("openvino", "int8"), ("torch", "int8"), ("llama", "int8")],
+    "int4": [("kiln", "int4"), ("kiln", "int4-a8"), ("openvino", "int4"), ("llama", "int4")],
 }
+# kiln's formats that round activations too: of weights and of activations.
+NARROW = {"bf16-a16": ("bf16", "bf16"), "int8-a8": ("int8", "int8"), "int4-a8": ("int4", "int8")}
 PEERS = ["kiln", "ctranslate2", "openvino", "torch", "torch-compiled", "llama"]
 # Of the parameters in f32, what a system may hold at most while it loads.
 LOAD_PEAK = {"f32": 1.5, "16bit": 1.0, "int8": 1.2, "int4": 0.6}
@@ -130,7 +132,9 @@ def bundle(args, model, format):
     folder = args.work / model / f"{format}.kiln"
     if not folder.exists():
         print(f"{model}: compiling {format}", flush=True)
-        run([args.bin / "kilnc", "compile", model, "--dummy-weights", "--target", "cpu", "--weights", format, "-o", folder])
+        weights, activations = NARROW.get(format, (format, None))
+        narrow = ["--activations", activations] if activations else []
+        run([args.bin / "kilnc", "compile", model, "--dummy-weights", "--target", "cpu", "--weights", weights, *narrow, "-o", folder])
     return folder
 
 
@@ -292,7 +296,7 @@ class Kiln:
         facts["weight_bytes"] = report["decode_step"]["weight_bytes"]
         facts["peak_bytes"] = max(facts["peak_bytes"], report["memory"]["peak_resident_bytes"])
         facts["load_ms"].append(report["load_ms"])
-        facts["note"] = f"weights {report['weights']}"
+        facts["note"] = f"weights {report['weights']}" + (f", activations {report['activations']}" if report["activations"] else "")
         steps = [report["decode_step"]["ms"]["median"]] if request["steps"] else []
         return {"first_ms": [report["prefill"]["ms"]["median"]], "step_ms": steps, "report": report}
 

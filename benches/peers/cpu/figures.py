@@ -65,7 +65,7 @@ def rows(record):
     """The table's rows, kiln first."""
     batches = record["lengths"]["batches"]
     names = sorted(record["systems"], key=lambda name: not name.startswith("kiln "))
-    kiln = next((name for name in names if name.startswith("kiln ") and rounds_of(record, name)), None)
+    kilns = [name for name in names if name.startswith("kiln ") and rounds_of(record, name)]
     found = []
     for name in names:
         system, rounds = record["systems"][name], rounds_of(record, name)
@@ -77,9 +77,10 @@ def rows(record):
                 row["share"] = f"{statistics.median(figures['share'] for figures in rounds):.0%}"
                 row["first token ms"] = f"{statistics.median(figures['first_ms'] for figures in rounds):.0f}"
             row["prefill"] = shown([figures["prefill"] for figures in rounds])
-            if kiln and name != kiln:
-                figures = [f"decode {batch}" for batch in batches] + ["prefill"]
-                row["kiln/peer"] = " · ".join(f"{ratios(record, kiln, name, figure):.2f}" for figure in figures)
+            figures = [f"decode {batch}" for batch in batches] + ["prefill"]
+            for kiln in kilns:
+                if name not in kilns:
+                    row[f"{kiln}/peer"] = " · ".join(f"{ratios(record, kiln, name, figure):.2f}" for figure in figures)
         row["peak MB"] = f"{system['peak_bytes'] / 1e6:.0f}" if system.get("peak_bytes") else ""
         row["load ms"] = f"{statistics.median(system['load_ms']):.0f}" if system.get("load_ms") else ""
         row["note"] = "; ".join(note for note in (system.get("note"), failure(record, name)) if note)
@@ -141,7 +142,7 @@ def explanation(record):
         f"prefill: tokens/s of one prompt of {lengths['prefill']} tokens; first token: after {lengths['prompt']} tokens.",
         "- A figure is the median of the rounds, each the median of its runs; in brackets the lowest and highest round.",
         "- share: weight bytes by steps/s at batch 1, over the read bandwidth measured in the same round.",
-        "- kiln/peer: kiln's tokens/s over the peer's at " +
+        "- kiln .../peer: kiln's tokens/s over the peer's at " +
         ", ".join(f"batch {batch}" for batch in lengths["batches"]) + " and in prefill, median of the rounds' ratios.",
         "- peak: resident memory up to the last measurement, of the whole process, Python included; load: of the model, "
         "from files in the file cache, without the start of Python but with what a peer imports then.",

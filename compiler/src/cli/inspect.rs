@@ -85,6 +85,7 @@ fn to_json(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Value {
             "name": target.name,
             "weights": target.weights,
             "lm_head": target.lm_head(),
+            "activations": target.activations,
             "dtype": target.dtype,
             "weights_bytes": manifest.files.get(&target.weights_file).map(|file| file.bytes),
             "executables": target.executables.iter().map(executable).collect::<Vec<_>>(),

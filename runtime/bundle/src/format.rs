@@ -91,6 +91,36 @@ pub enum WeightFormat {
     Int(IntFormat),
 }
 
+/// What a CPU rounds rows of activations to before a product with weights of the same kind of numbers,
+/// where that is less than they have: half of the bits, and with them less work where the processor has
+/// dot products of such numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activations {
+    /// bf16, for products with weights of bf16.
+    Bf16,
+    /// Integers of 8 bits with a scale for each 128 inputs of a row, for products with integers.
+    Int8,
+}
+
+impl Activations {
+    /// The spelling in flags and manifests.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Activations::Bf16 => "bf16",
+            Activations::Int8 => "int8",
+        }
+    }
+
+    /// Whether products with such weights take rows that are rounded so.
+    pub const fn suit(self, weights: WeightFormat) -> bool {
+        match self {
+            Activations::Bf16 => matches!(weights, WeightFormat::Bf16),
+            Activations::Int8 => matches!(weights, WeightFormat::Int(_)),
+        }
+    }
+}
+
 /// The group of `int4` alone. With a scale and a minimum that is 4.5 bits a weight, what symmetric
 /// groups of 32 take; the error is smaller, and a kernel ends half as many groups.
 const INT4_GROUP: GroupSize = GroupSize(64);

@@ -19,7 +19,7 @@ pub mod work;
 mod write;
 
 pub use dtype::{DType, UnknownDType};
-pub use format::{GroupSize, IntFormat, UnknownFormat, WeightFormat};
+pub use format::{Activations, GroupSize, IntFormat, UnknownFormat, WeightFormat};
 pub use kernel::{Activation, BufferId, KernelSpec, Linear, Norm, Residual, Rows};
 pub use launch::{
     Argument, BlockCopies, COPIES_PER_LAUNCH, CopyLaunch, Image, LAST_SAMPLED, Launch,

@@ -1,14 +1,14 @@
 //! `bundle.json`: what a bundle holds. Plain data; [`crate::verify`] says when it is sound.
 
 use crate::{
-    BufferId, CopyLaunch, DType, Image, KernelSpec, Launch, Linear, Norm, WeightFormat,
-    packing::Layout,
+    Activations, BufferId, CopyLaunch, DType, Image, KernelSpec, Launch, Linear, Norm,
+    WeightFormat, packing::Layout,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 5;
+pub const FORMAT_VERSION: u32 = 6;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
@@ -89,6 +89,10 @@ pub struct Target {
     /// Element type of the KV cache, and of activations where the target stores them so (the CPU
     /// computes and stores activations in f32).
     pub dtype: DType,
+    /// What the CPU rounds rows to before products. When absent: nothing beside floating-point numbers,
+    /// integers of 16 bits beside integers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activations: Option<Activations>,
     /// Arrangement of weight matrices.
     pub layout: Layout,
     /// Path of the weight file.

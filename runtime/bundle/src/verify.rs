@@ -19,7 +19,7 @@
 
 use crate::{
     ALIGN_BYTES, Argument, BufferId, DType, Executable, Image, KernelSpec, Linear, Manifest, Norm,
-    Phase, Program, RowKind, Rows, Target,
+    Phase, Program, RowKind, Rows, Target, packing::Layout,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -185,6 +185,15 @@ fn verify_target(manifest: &Manifest, target: &Target) -> Check {
                 format!("{field} is {dtype}, which is no floating-point type"),
             );
         }
+    }
+    if let (Some(activations), Layout::Tiles) = (target.activations, target.layout) {
+        return fail(
+            &place,
+            format!(
+                "activations are {}, which is for the CPU",
+                activations.name()
+            ),
+        );
     }
     if !manifest.files.contains_key(&target.weights_file) {
         return fail(

@@ -10,7 +10,7 @@ use anyhow::{bail, ensure};
 use comfy_table::{Table, presets};
 use indicatif::ProgressBar;
 use kiln_bundle::{
-    BLOCK_TOKENS, Manifest, Phase, Target, WeightFormat,
+    Activations, BLOCK_TOKENS, Manifest, Phase, Target, WeightFormat,
     packing::Layout,
     work::{StepSize, step_work},
 };
@@ -51,6 +51,7 @@ struct Report {
     model: String,
     device: String,
     weights: WeightFormat,
+    activations: Option<Activations>,
     prompt_len: u32,
     gen_len: u32,
     batch: u32,
@@ -248,6 +249,7 @@ fn report(
         model: manifest.model.name.clone(),
         device: facts.name.clone(),
         weights: target.weights,
+        activations: target.activations,
         prompt_len: args.prompt_len,
         gen_len: args.gen_len,
         batch: args.batch,
@@ -303,9 +305,12 @@ fn table(report: &Report) -> Table {
         )
     };
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let rounded = report.activations.map_or(String::new(), |activations| {
+        format!(", activations rounded to {}", activations.name())
+    });
     row(
         "model",
-        format!("{}, {} weights", report.model, report.weights),
+        format!("{}, {} weights{rounded}", report.model, report.weights),
     );
     row("device", report.device.clone());
     row(

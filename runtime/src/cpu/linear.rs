@@ -10,17 +10,17 @@
 //! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
 //! fetched. Weights are converted in registers.
 
-use super::matrix::{Ahead, Floats, Integers, Matrix, Part, PreparedTile};
+use super::matrix::{Ahead, Bf16Rows, Floats, Integers, Matrix, Part, PreparedTile};
 use super::norm::{self, Stats};
 use super::pool::partition;
 use super::rows::SharedRows;
 use super::scratch::Shards;
 use super::simd::{Bytes, Isa, Kernel, LANES, Nibbles, Simd};
 use super::storage::{PackedMatrix, Panels, Storage};
-use super::tile::Tiles;
+use super::tile::{Pairs, Quads, Tiles};
 use super::{Cpu, Norm, Rows, RowsMut};
-use kiln_bundle::IntFormat;
 use kiln_bundle::packing::{PANEL, panels};
+use kiln_bundle::{Activations, IntFormat};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -59,6 +59,9 @@ pub struct Linear<'a> {
     pub activation: Activation,
     /// Added last.
     pub residual: Option<Residual<'a>>,
+    /// What rows are rounded to, where W is of the same kind of numbers; else they stay `f32`, or become
+    /// integers of 16 bits beside integers.
+    pub activations: Option<Activations>,
 }
 
 impl<'a> Linear<'a> {
@@ -71,6 +74,7 @@ impl<'a> Linear<'a> {
             row_map: None,
             activation: Activation::None,
             residual: None,
+            activations: None,
         }
     }
 
@@ -134,15 +138,26 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
         Panels::Float(Storage::F16(weight)) => {
             multiply(cpu, op, Floats::new(weight, k), x, &mut out)
         }
-        Panels::Float(Storage::Bf16(weight)) => {
-            multiply(cpu, op, Floats::new(weight, k), x, &mut out)
-        }
-        Panels::Int(panels) => match panels.format {
-            IntFormat::Int8 { .. } => {
-                multiply(cpu, op, Integers::<Bytes>::new(panels, k), x, &mut out)
+        Panels::Float(Storage::Bf16(weight)) => match op.activations {
+            Some(Activations::Bf16) => multiply(cpu, op, Bf16Rows::new(weight, k), x, &mut out),
+            _ => multiply(cpu, op, Floats::new(weight, k), x, &mut out),
+        },
+        Panels::Int(panels) => match (panels.format, op.activations) {
+            (IntFormat::Int8 { .. }, Some(Activations::Int8)) => {
+                let weight = Integers::<Bytes, Quads>::new(panels, k);
+                multiply(cpu, op, weight, x, &mut out)
             }
-            IntFormat::Int4 { .. } => {
-                multiply(cpu, op, Integers::<Nibbles>::new(panels, k), x, &mut out)
+            (IntFormat::Int8 { .. }, _) => {
+                let weight = Integers::<Bytes, Pairs>::new(panels, k);
+                multiply(cpu, op, weight, x, &mut out)
+            }
+            (IntFormat::Int4 { .. }, Some(Activations::Int8)) => {
+                let weight = Integers::<Nibbles, Quads>::new(panels, k);
+                multiply(cpu, op, weight, x, &mut out)
+            }
+            (IntFormat::Int4 { .. }, _) => {
+                let weight = Integers::<Nibbles, Pairs>::new(panels, k);
+                multiply(cpu, op, weight, x, &mut out)
             }
         },
     }
@@ -302,7 +317,13 @@ impl<'a, M: Matrix> Prepare<'a, M> {
                     values,
                     runs,
                 };
-                self.weight.prepare(self.isa, row, r, tile);
+                let weight = self.weight;
+                self.isa.run(PrepareRow {
+                    weight,
+                    row,
+                    r,
+                    tile,
+                });
             }
         };
         if t * k <= PREPARE_ALONE {
@@ -310,6 +331,23 @@ impl<'a, M: Matrix> Prepare<'a, M> {
         } else {
             pool.parallel_for(self.tiles.count, prepare);
         }
+    }
+}
+
+/// A row in the form that suits a matrix.
+struct PrepareRow<'a, M> {
+    weight: M,
+    row: &'a [f32],
+    r: usize,
+    tile: PreparedTile<'a>,
+}
+
+impl<M: Matrix> Kernel for PrepareRow<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.weight.prepare(simd, self.row, self.r, self.tile);
     }
 }
 
@@ -342,39 +380,45 @@ impl<M: Matrix> Product<'_, M> {
         self.row_runs[2 * (range.start * self.runs + first * range.len())..].as_ptr()
     }
 
-    /// Finishes and writes the outputs at (`t`, `col..col + 16`), as far as they exist.
+    /// Finishes and writes the outputs at (`rows`, `col..col + 16`), as far as they exist, from `sums`, of
+    /// which each row has PANEL.
     ///
     /// # Safety
-    /// No other thread uses these outputs.
+    /// The sums exist, and no other thread uses these outputs.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, simd: S, sums: S::V, t: usize, col: usize) {
+    unsafe fn finish<S: Simd>(&self, simd: S, sums: *const f32, rows: Range<usize>, col: usize) {
         let width = self.op.weight.n().saturating_sub(col).min(LANES);
         if width == 0 {
             return;
         }
-        let mut y = sums;
         // SAFETY: `width` values from `col` exist in the bias, the residual and the output.
-        unsafe {
-            if let Some(bias) = self.op.bias {
-                y = simd.add(y, norm::load(simd, bias.as_ptr().add(col), width));
-            }
-            y = match self.op.activation {
-                Activation::None => y,
-                Activation::Relu => simd.max(simd.zero(), y),
-                Activation::GeluNew => gelu_new(simd, y),
-            };
-            let out = self.out.at(t, col);
-            if let Some(residual) = &self.op.residual {
-                let row = residual
-                    .rows
-                    .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
-                let mut r = norm::load(simd, row, width);
-                if let Some(norm) = &residual.norm {
-                    r = self.stats[t].apply(simd, r, norm, col, width);
+        let bias =
+            (self.op.bias).map(|bias| unsafe { norm::load(simd, bias.as_ptr().add(col), width) });
+        for (r, t) in rows.enumerate() {
+            // SAFETY: as above.
+            unsafe {
+                let mut y = simd.load_f32(sums.add(r * PANEL));
+                if let Some(bias) = bias {
+                    y = simd.add(y, bias);
                 }
-                y = simd.add(y, r);
+                y = match self.op.activation {
+                    Activation::None => y,
+                    Activation::Relu => simd.max(simd.zero(), y),
+                    Activation::GeluNew => gelu_new(simd, y),
+                };
+                let out = self.out.at(t, col);
+                if let Some(residual) = &self.op.residual {
+                    let row = residual
+                        .rows
+                        .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
+                    let mut r = norm::load(simd, row, width);
+                    if let Some(norm) = &residual.norm {
+                        r = self.stats[t].apply(simd, r, norm, col, width);
+                    }
+                    y = simd.add(y, r);
+                }
+                norm::store(simd, out, y, width);
             }
-            norm::store(simd, out, y, width);
         }
     }
 }
@@ -468,15 +512,11 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                     if inputs.end < k {
                         continue;
                     }
-                    for (r, t) in range.enumerate() {
-                        for v in (0..VECTORS * LANES).step_by(LANES) {
-                            // SAFETY: the tile has just written these sums; the outputs of this chunk
-                            // and panel belong to this task.
-                            unsafe {
-                                let sums = simd.load_f32(c.add(r * PANEL + v));
-                                product.finish(simd, sums, t, panel * PANEL + column + v);
-                            }
-                        }
+                    for v in (0..VECTORS * LANES).step_by(LANES) {
+                        let first = panel * PANEL + column;
+                        // SAFETY: the tile has just written these sums; the outputs of this chunk and
+                        // panel belong to this task.
+                        unsafe { product.finish(simd, c.add(v), range.clone(), first + v) };
                     }
                 }
             }
@@ -538,6 +578,11 @@ mod tests {
                     rows: Some(Rows::new(&self.residual, self.t, self.n)),
                     norm: variant.residual_norm.then(|| norm(&self.residual_norm)),
                 }),
+                activations: match packed.matrix().data {
+                    _ if !variant.narrow => None,
+                    Panels::Int(_) => Some(Activations::Int8),
+                    Panels::Float(_) => Some(Activations::Bf16),
+                },
             }
         }
 
@@ -557,17 +602,21 @@ mod tests {
             }
         }
 
-        /// How far the outputs of row `t` may be off because the row is rounded: half a unit of its
-        /// greatest magnitude over 32767 for each weight, times the greatest slope of GELU.
+        /// How far the outputs of row `t` may be off because the row is rounded, times the greatest slope
+        /// of GELU: by half a unit of its greatest magnitude over the greatest integer for each weight, or
+        /// by half a unit of each value in bf16.
         fn rounding(&self, packed: &Packed, op: &Linear<'_>, t: usize) -> Vec<f64> {
-            let Panels::Int(_) = op.weight.data else {
-                return vec![0.0; self.n];
-            };
             let x = self.input(op, t);
             let largest = x.iter().fold(0.0_f64, |a, x| a.max(x.abs()));
-            let weights = |n| (0..self.k).map(move |k| f64::from(packed.get(n, k)).abs());
+            let off = |x: f64| match (op.weight.data, op.activations) {
+                (Panels::Int(_), None) => largest / 65534.0,
+                (Panels::Int(_), Some(_)) => largest / 254.0,
+                (Panels::Float(Storage::Bf16(_)), Some(_)) => x.abs() / 256.0,
+                (Panels::Float(_), _) => 0.0,
+            };
+            let weight = |n, k| f64::from(packed.get(n, k)).abs();
             (0..self.n)
-                .map(|n| 1.13 * weights(n).sum::<f64>() * largest / 65534.0)
+                .map(|n| 1.13 * (0..self.k).map(|k| weight(n, k) * off(x[k])).sum::<f64>())
                 .collect()
         }
 
@@ -608,6 +657,8 @@ mod tests {
         activation: Activation,
         residual: bool,
         residual_norm: bool,
+        /// Whether rows are rounded to what suits the weights.
+        narrow: bool,
     }
 
     const PLAIN: Variant = Variant {
@@ -616,8 +667,9 @@ mod tests {
         activation: Activation::None,
         residual: false,
         residual_norm: false,
+        narrow: false,
     };
-    const VARIANTS: [Variant; 5] = [
+    const VARIANTS: [Variant; 7] = [
         PLAIN,
         Variant {
             bias: true,
@@ -641,6 +693,17 @@ mod tests {
             bias: true,
             residual: true,
             residual_norm: true,
+            ..PLAIN
+        },
+        Variant {
+            narrow: true,
+            ..PLAIN
+        },
+        Variant {
+            bias: true,
+            norm: true,
+            activation: Activation::Relu,
+            narrow: true,
             ..PLAIN
         },
     ];
@@ -718,20 +781,21 @@ mod tests {
     }
 
     #[test]
-    fn avx512_agrees_with_avx2() {
-        if !Isa::Avx512.is_supported() {
-            return;
-        }
+    fn levels_of_avx512_agree_with_avx2() {
         for t in [1, 4, 40] {
             let case = Case::new(t, 70, 300);
             for packed in Packed::each(&case.weight, case.n, case.k) {
                 for variant in VARIANTS {
                     let op = case.linear(&packed, variant);
-                    let narrow = case.run(&mut cpu(Isa::Avx2, 2), &op);
-                    assert_eq!(
-                        bits(&narrow),
-                        bits(&case.run(&mut cpu(Isa::Avx512, 2), &op))
-                    );
+                    let mut found = isas()
+                        .filter(|isa| *isa >= Isa::Avx2)
+                        .map(|isa| (isa, bits(&case.run(&mut cpu(isa, 2), &op))));
+                    let Some((_, narrow)) = found.next() else {
+                        return;
+                    };
+                    for (isa, wide) in found {
+                        assert_eq!(narrow, wide, "{isa}, {t} rows");
+                    }
                 }
             }
         }

@@ -2,9 +2,11 @@
 //! beforehand, and the tile that multiplies both.
 
 use super::fixed::{self, RUN};
-use super::simd::{Codes, Element, Isa, Simd};
+use super::norm::load;
+use super::simd::{Codes, Element, LANES, Simd};
 use super::storage::IntPanels;
-use super::tile::{AnyRows, IntTile, Tile};
+use super::tile::{AnyRows, Bf16Tile, IntRows, IntTile, Tile};
+use bytemuck::Zeroable;
 use half::bf16;
 use kiln_bundle::packing::PANEL;
 use std::marker::PhantomData;
@@ -42,7 +44,7 @@ pub(super) trait Matrix: Copy + Sync {
     fn block(&self, panel: usize, k: usize) -> Block;
 
     /// Writes `row` as row `r` of a tile.
-    fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>);
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>);
 
     /// Computes a part of a panel for a tile of rows.
     ///
@@ -150,7 +152,8 @@ impl<E: Element> Matrix for Floats<'_, E> {
         }
     }
 
-    fn prepare(&self, _: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
+    #[inline(always)]
+    fn prepare<S: Simd>(&self, _: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
         for (x, column) in row.iter().zip(tile.values.chunks_exact_mut(tile.rows)) {
             column[r] = *x;
         }
@@ -181,20 +184,100 @@ impl<E: Element> Matrix for Floats<'_, E> {
     }
 }
 
-/// Panels of integers, in words of C.
+/// Panels of bf16, for rows that are rounded to bf16.
 #[derive(Clone, Copy)]
-pub(super) struct Integers<'a, C> {
+pub(super) struct Bf16Rows<'a>(Floats<'a, bf16>);
+
+impl<'a> Bf16Rows<'a> {
+    /// Panels of `k` inputs.
+    pub(super) fn new(weight: &'a [bf16], k: usize) -> Bf16Rows<'a> {
+        Bf16Rows(Floats::new(weight, k))
+    }
+}
+
+impl Matrix for Bf16Rows<'_> {
+    const INPUTS: usize = 2;
+    const STEP_INPUTS: usize = 2;
+
+    fn tile_rows<S: Simd>() -> usize {
+        S::TILE_ROWS
+    }
+
+    fn values(&self) -> usize {
+        self.0.k.div_ceil(2)
+    }
+
+    fn runs(&self, _: usize) -> usize {
+        0
+    }
+
+    fn block_inputs(&self) -> usize {
+        self.0.block_inputs().next_multiple_of(2)
+    }
+
+    fn bytes(&self, inputs: usize) -> usize {
+        self.0.bytes(inputs)
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> Block {
+        self.0.block(panel, k)
+    }
+
+    #[inline(always)]
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
+        let columns = tile.values.chunks_mut(LANES / 2 * tile.rows);
+        for (part, columns) in row.chunks(LANES).zip(columns) {
+            // A last value without another is paired with zero.
+            let mut rounded = [bf16::ZERO; LANES];
+            // SAFETY: what is loaded exists, and the array has sixteen elements.
+            unsafe {
+                let x = load(simd, part.as_ptr(), part.len());
+                bf16::store(simd, rounded.as_mut_ptr(), x);
+            }
+            let half = |x: bf16| u32::from(x.to_bits());
+            let pairs = rounded.chunks_exact(2);
+            for (pair, column) in pairs.zip(columns.chunks_exact_mut(tile.rows)) {
+                column[r] = f32::from_bits(half(pair[0]) | half(pair[1]) << 16);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+        let block = part.block.weights;
+        let (ahead, ahead_step) = match part.ahead {
+            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(2)),
+            Ahead::At(ahead, step) => (ahead, step),
+        };
+        let tile = Bf16Tile {
+            k: part.inputs.len(),
+            x: part.x.cast(),
+            b: block.cast::<bf16>().wrapping_add(part.column),
+            c: part.sums,
+            resume: part.inputs.start > 0,
+            ahead,
+            ahead_step,
+        };
+        // SAFETY: the caller's.
+        unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
+    }
+}
+
+/// Panels of integers, in words of C, for rows of integers in words of R.
+#[derive(Clone, Copy)]
+pub(super) struct Integers<'a, C, R> {
     panels: IntPanels<'a>,
     k: usize,
     /// Inputs of a group, and the bytes of one.
     group: usize,
     group_bytes: usize,
-    words: PhantomData<C>,
+    words: PhantomData<(C, R)>,
 }
 
-impl<'a, C> Integers<'a, C> {
+impl<'a, C, R> Integers<'a, C, R> {
     /// Panels of `k` inputs.
-    pub(super) fn new(panels: IntPanels<'a>, k: usize) -> Integers<'a, C> {
+    pub(super) fn new(panels: IntPanels<'a>, k: usize) -> Integers<'a, C, R> {
         let group = panels.format.group(k).max(1);
         Integers {
             panels,
@@ -206,8 +289,8 @@ impl<'a, C> Integers<'a, C> {
     }
 }
 
-impl<C: Codes> Matrix for Integers<'_, C> {
-    const INPUTS: usize = 2;
+impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
+    const INPUTS: usize = R::INPUTS;
     const STEP_INPUTS: usize = C::INPUTS;
 
     fn tile_rows<S: Simd>() -> usize {
@@ -215,7 +298,7 @@ impl<C: Codes> Matrix for Integers<'_, C> {
     }
 
     fn values(&self) -> usize {
-        self.k.next_multiple_of(C::INPUTS) / 2
+        self.k.next_multiple_of(C::INPUTS) / R::INPUTS
     }
 
     fn runs(&self, k: usize) -> usize {
@@ -247,23 +330,27 @@ impl<C: Codes> Matrix for Integers<'_, C> {
         }
     }
 
-    fn prepare(&self, isa: Isa, row: &[f32], r: usize, tile: PreparedTile<'_>) {
+    #[inline(always)]
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
         let mut values: &mut [u32] = bytemuck::cast_slice_mut(tile.values);
         let mut runs = tile.runs.chunks_exact_mut(2 * tile.rows);
         for run in row.chunks(self.group).flat_map(|group| group.chunks(RUN)) {
-            let mut integers = [0.0; RUN];
-            let numbers = fixed::round(isa, run, &mut integers);
-            if let Some(runs) = runs.next() {
-                runs[2 * r..][..2].copy_from_slice(&numbers);
-            }
             // What fills up the last word is zero.
+            let mut integers = [R::Integer::zeroed(); RUN];
+            let [scale, sum] = fixed::round(simd, run, &mut integers);
+            if let Some(runs) = runs.next() {
+                let second = match C::HAVE_MINIMA {
+                    true => scale * sum,
+                    false => f32::from_bits((-C::QUAD_OFFSET * sum as i32).cast_unsigned()),
+                };
+                runs[2 * r..][..2].copy_from_slice(&[scale, second]);
+            }
             let words = integers[..run.len().next_multiple_of(C::INPUTS)].chunks_exact(C::INPUTS);
-            let (these, rest) = values.split_at_mut(words.len() * C::PAIRS * tile.rows);
-            for (word, pairs) in words.zip(these.chunks_exact_mut(C::PAIRS * tile.rows)) {
-                // The last 16 bits of this sum are the integer's, whatever its sign.
-                let half = |i: usize| (word[i] + 12_582_912.0).to_bits() & 0xffff;
-                for p in 0..C::PAIRS {
-                    pairs[p * tile.rows + r] = half(p) | half(C::PAIRS + p) << 16;
+            let parts = R::parts::<C>();
+            let (these, rest) = values.split_at_mut(words.len() * parts * tile.rows);
+            for (word, values) in words.zip(these.chunks_exact_mut(parts * tile.rows)) {
+                for p in 0..parts {
+                    values[p * tile.rows + r] = R::word(word[p..].iter().step_by(parts));
                 }
             }
             values = rest;
@@ -291,12 +378,13 @@ impl<C: Codes> Matrix for Integers<'_, C> {
             runs: part.runs,
             codes: codes.cast::<C>().wrapping_add(part.column),
             scales,
-            minima: format.has_minimum().then(|| scales.wrapping_add(PANEL)),
+            minima: scales.wrapping_add(PANEL),
             c: part.sums,
             resume: part.inputs.start > 0,
             ahead,
             ahead_step,
             ahead_group,
+            form: PhantomData::<R>,
         };
         // SAFETY: the caller's.
         unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };

@@ -1,7 +1,7 @@
 //! How fast this machine multiplies and adds: the yardstick of everything that is bound by it.
 
 use super::ThreadPool;
-use super::simd::{Isa, Kernel, LANES, Simd};
+use super::simd::{Dots, Isa, Kernel, LANES, Simd};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -11,8 +11,12 @@ use std::time::Instant;
 pub struct Peak {
     /// Of fused multiply-adds of f32.
     pub float_gflop_per_s: f64,
-    /// Of products of integers in pairs, as kernels with integer weights make them.
+    /// Of products of bf16, as kernels make them that round rows to bf16.
+    pub bf16_gflop_per_s: f64,
+    /// Of products with integers of 16 bits, as kernels with integer weights make them.
     pub integer_gop_per_s: f64,
+    /// Of products of integers of 8 bits, as kernels make them that round rows to 8 bits.
+    pub int8_gop_per_s: f64,
 }
 
 const PASSES: usize = 9;
@@ -23,75 +27,150 @@ const ROUNDS: usize = 100_000;
 const CHAINS: usize = 12;
 const CHAINS_OF_HALVES: usize = 6;
 
-/// Measures both with all threads of `pool`.
+/// Measures all with all threads of `pool`.
 pub fn peak(pool: &ThreadPool, isa: Isa) -> Peak {
     Peak {
-        float_gflop_per_s: rate(pool, isa, Arithmetic::Float),
-        integer_gop_per_s: rate(pool, isa, Arithmetic::Integer),
+        float_gflop_per_s: rate(pool, isa, Floats),
+        bf16_gflop_per_s: rate(pool, isa, Bf16s),
+        integer_gop_per_s: rate(pool, isa, Int16s),
+        int8_gop_per_s: rate(pool, isa, Int8s),
     }
 }
 
-fn rate(pool: &ThreadPool, isa: Isa, arithmetic: Arithmetic) -> f64 {
-    let operations = isa.run(arithmetic) * pool.threads();
+fn rate<A: Arithmetic>(pool: &ThreadPool, isa: Isa, arithmetic: A) -> f64 {
+    let operations = isa.run(Pass(arithmetic)) * pool.threads();
     let passes = (0..PASSES).map(|_| {
         let start = Instant::now();
         pool.run(|_| {
-            black_box(isa.run(black_box(arithmetic)));
+            black_box(isa.run(Pass(black_box(arithmetic))));
         });
         start.elapsed().as_secs_f64()
     });
     operations as f64 / passes.fold(f64::INFINITY, f64::min) / 1e9
 }
 
-#[derive(Clone, Copy)]
-enum Arithmetic {
-    Float,
-    Integer,
+/// What a pass repeats.
+trait Arithmetic: Copy + Send + Sync {
+    /// As [`Kernel::DOTS`].
+    const DOTS: Option<Dots> = None;
+    /// Multiplications and additions of a lane.
+    const OPERATIONS: usize;
+
+    /// N chains of ROUNDS.
+    fn chains<S: Simd, const N: usize>(simd: S);
 }
 
 /// Gives the number of multiplications and additions that it has made.
-impl Kernel for Arithmetic {
+struct Pass<A>(A);
+
+impl<A: Arithmetic> Kernel for Pass<A> {
     type Output = usize;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
-        let registers_are_vectors = S::TILE_VECTORS > 1;
-        match (self, registers_are_vectors) {
-            (Arithmetic::Float, true) => floats::<S, CHAINS>(simd),
-            (Arithmetic::Float, false) => floats::<S, CHAINS_OF_HALVES>(simd),
-            (Arithmetic::Integer, true) => integers::<S, CHAINS>(simd),
-            (Arithmetic::Integer, false) => integers::<S, CHAINS_OF_HALVES>(simd),
-        }
+        simd.outlined(Chains(self.0))
     }
 }
 
-#[inline(always)]
-fn floats<S: Simd, const N: usize>(simd: S) -> usize {
-    let (a, b) = (simd.splat(black_box(0.5)), simd.splat(black_box(1.0)));
-    let mut sums = [simd.zero(); N];
-    for _ in 0..ROUNDS {
-        for sum in &mut sums {
-            *sum = simd.fma(*sum, a, b);
-        }
+struct Chains<A>(A);
+
+impl<A: Arithmetic> Kernel for Chains<A> {
+    type Output = usize;
+    const DOTS: Option<Dots> = A::DOTS;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> usize {
+        let chains = if const { S::TILE_VECTORS > 1 } {
+            A::chains::<S, CHAINS>(simd);
+            CHAINS
+        } else {
+            A::chains::<S, CHAINS_OF_HALVES>(simd);
+            CHAINS_OF_HALVES
+        };
+        ROUNDS * chains * LANES * A::OPERATIONS
     }
-    black_box(sums.map(|sum| simd.sum_lanes(sum)));
-    // A product and its addition.
-    ROUNDS * N * LANES * 2
 }
 
-/// Each sum is a factor of its next product, which could be made once for all rounds otherwise.
+#[derive(Clone, Copy)]
+struct Floats;
+
+impl Arithmetic for Floats {
+    const OPERATIONS: usize = 2;
+
+    #[inline(always)]
+    fn chains<S: Simd, const N: usize>(simd: S) {
+        let (a, b) = (simd.splat(black_box(0.5)), simd.splat(black_box(1.0)));
+        let mut sums = [simd.zero(); N];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = simd.fma(*sum, a, b);
+            }
+        }
+        black_box(sums.map(|sum| simd.sum_lanes(sum)));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Bf16s;
+
+impl Arithmetic for Bf16s {
+    const DOTS: Option<Dots> = Some(Dots::Bf16);
+    const OPERATIONS: usize = 4;
+
+    #[inline(always)]
+    fn chains<S: Simd, const N: usize>(simd: S) {
+        let x = simd.splat_word(black_box(0x3f00_3f00));
+        let mut sums = [simd.zero(); N];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = simd.add_bf16_products(*sum, x, x);
+            }
+        }
+        black_box(sums.map(|sum| simd.sum_lanes(sum)));
+    }
+}
+
+/// Chains of sums that are factors of their next products, which could be made once for all rounds
+/// otherwise.
 #[inline(always)]
-fn integers<S: Simd, const N: usize>(simd: S) -> usize {
+fn integer_chains<S: Simd, const N: usize>(
+    simd: S,
+    add_products: impl Fn(S::Words, S::Words, S::Words) -> S::Words,
+) {
     let x = simd.splat_word(black_box(0x0003_0005));
     let mut sums = [simd.splat_word(black_box(0x0001_0001)); N];
     for _ in 0..ROUNDS {
         for sum in &mut sums {
-            *sum = simd.add_pair_products(*sum, *sum, x);
+            *sum = add_products(*sum, *sum, x);
         }
     }
     black_box(sums.map(|sum| simd.sum_lanes(simd.words_to_f32(sum))));
-    // Two products and their additions.
-    ROUNDS * N * LANES * 4
+}
+
+#[derive(Clone, Copy)]
+struct Int16s;
+
+impl Arithmetic for Int16s {
+    const DOTS: Option<Dots> = Some(Dots::Integers);
+    const OPERATIONS: usize = 4;
+
+    #[inline(always)]
+    fn chains<S: Simd, const N: usize>(simd: S) {
+        integer_chains::<S, N>(simd, |sums, a, b| simd.add_pair_products(sums, a, b));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Int8s;
+
+impl Arithmetic for Int8s {
+    const DOTS: Option<Dots> = Some(Dots::Integers);
+    const OPERATIONS: usize = 8;
+
+    #[inline(always)]
+    fn chains<S: Simd, const N: usize>(simd: S) {
+        integer_chains::<S, N>(simd, |sums, a, b| simd.add_quad_products(sums, a, b));
+    }
 }
 
 #[cfg(test)]
@@ -103,17 +182,17 @@ mod tests {
     fn gives_rates_that_a_core_can_have() {
         let pool = ThreadPool::new(1).unwrap();
         for isa in isas() {
-            let Peak {
-                float_gflop_per_s,
-                integer_gop_per_s,
-            } = peak(&pool, isa);
-            // Two registers a cycle of 16 lanes, at less than 6 GHz; products that were made once for
-            // all rounds would be faster than that.
-            for rate in [float_gflop_per_s, integer_gop_per_s] {
-                assert!(
-                    rate > 0.01 && rate < 6.0 * 2.0 * 16.0 * 4.0,
-                    "{isa}: {rate}"
-                );
+            let peak = peak(&pool, isa);
+            // A register a cycle of 16 lanes, or two halves, at less than 6 GHz and with twice the room;
+            // products that were made once for all rounds would be faster than that.
+            for (rate, operations) in [
+                (peak.float_gflop_per_s, 2),
+                (peak.bf16_gflop_per_s, 4),
+                (peak.integer_gop_per_s, 4),
+                (peak.int8_gop_per_s, 8),
+            ] {
+                let most = 6.0 * 2.0 * 16.0 * f64::from(operations);
+                assert!(rate > 0.01 && rate < most, "{isa}: {rate}");
             }
         }
     }

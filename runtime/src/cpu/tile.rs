@@ -1,13 +1,15 @@
 //! The inner loop of every matrix product: a tile of outputs kept in registers.
 
-use super::fixed::RUN;
-use super::simd::{Codes, Element, Kernel, LANES, Simd};
+use super::fixed::{Integer, RUN};
+use super::simd::{Codes, Dots, Element, Kernel, LANES, Simd};
 use half::bf16;
 use kiln_bundle::packing::PANEL;
+use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Repeats the body for each constant below the limit: ROWS, at most 12, VECTORS, at most 4, or the
-/// PAIRS of a word, at most 4. A loop would do the same if the compiler could be relied on to unroll it
+/// PARTS of a word, at most 4. A loop would do the same if the compiler could be relied on to unroll it
 /// before it decides what lives in registers.
 macro_rules! unrolled {
     ($i:ident in ROWS $body:block) => {
@@ -16,8 +18,8 @@ macro_rules! unrolled {
     ($i:ident in VECTORS $body:block) => {
         unrolled!($i in (VECTORS) $body 0 1 2 3)
     };
-    ($i:ident in C::PAIRS $body:block) => {
-        unrolled!($i in (C::PAIRS) $body 0 1 2 3)
+    ($i:ident in PARTS $body:block) => {
+        unrolled!($i in (C::INPUTS / I::INPUTS) $body 0 1 2 3)
     };
     ($i:ident in ($limit:expr) $body:block $($value:literal)*) => {
         $(if const { $value < $limit } {
@@ -103,27 +105,179 @@ impl<E: Element> Tile<E> {
     }
 }
 
+/// A tile of bf16 weights against rows of bf16, two inputs at a time:
+/// `c[r][j] += a[i + 1][r] * b[i + 1][j]`, then `c[r][j] += a[i][r] * b[i][j]`, for i = 0, 2 ..
+#[derive(Clone, Copy)]
+pub(super) struct Bf16Tile {
+    /// Length of the sum.
+    pub(super) k: usize,
+    /// Rows, interleaved: (K / 2, ROWS) pairs, the first in the lower half; the last alone where K is odd.
+    pub(super) x: *const u32,
+    /// `b[i]`, a run of vectors, at `b + i * PANEL`.
+    pub(super) b: *const bf16,
+    /// Sums, (ROWS, PANEL).
+    pub(super) c: *mut f32,
+    /// As in [`Tile`], a step being two inputs.
+    pub(super) resume: bool,
+    pub(super) ahead: *const u8,
+    pub(super) ahead_step: usize,
+}
+
+impl Bf16Tile {
+    /// Computes a tile of ROWS rows and VECTORS vectors.
+    ///
+    /// # Safety
+    /// The operands exist, and `c` overlaps neither.
+    #[inline(always)]
+    unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+        /// What a last input without another is paired with.
+        const NOTHING: [bf16; LANES] = [bf16::ZERO; LANES];
+        let mut sums = [[simd.zero(); VECTORS]; ROWS];
+        if self.resume {
+            unrolled!(R in ROWS {
+                unrolled!(V in VECTORS {
+                    // SAFETY: within `c`.
+                    sums[R][V] = unsafe { simd.load_f32(self.c.add(R * PANEL + V * LANES)) };
+                });
+            });
+        }
+        let lines = (2 * VECTORS * LANES * size_of::<bf16>()).div_ceil(64);
+        let (mut x, mut b, mut ahead) = (self.x, self.b, self.ahead);
+        for i in (0..self.k).step_by(2) {
+            for line in 0..lines {
+                simd.prefetch(ahead.wrapping_add(64 * line));
+            }
+            let mut column = [simd.splat_word(0); VECTORS];
+            unrolled!(V in VECTORS {
+                let first = b.wrapping_add(V * LANES);
+                let second = match i + 1 < self.k {
+                    true => first.wrapping_add(PANEL),
+                    false => NOTHING.as_ptr(),
+                };
+                // SAFETY: these steps of `b`.
+                column[V] = unsafe { simd.load_bf16_pairs(first, second) };
+            });
+            unrolled!(R in ROWS {
+                // SAFETY: the step of `x`.
+                let x = simd.splat_word(unsafe { *x.add(R) });
+                unrolled!(V in VECTORS {
+                    sums[R][V] = simd.add_bf16_products(sums[R][V], column[V], x);
+                });
+            });
+            x = x.wrapping_add(ROWS);
+            b = b.wrapping_add(2 * PANEL);
+            ahead = ahead.wrapping_add(self.ahead_step);
+        }
+        unrolled!(R in ROWS {
+            unrolled!(V in VECTORS {
+                // SAFETY: within `c`.
+                unsafe { simd.store_f32(self.c.add(R * PANEL + V * LANES), sums[R][V]) };
+            });
+        });
+    }
+}
+
+/// How rows of integers lie in words, to be multiplied with codes.
+pub(super) trait IntRows: Copy + Send + Sync {
+    type Integer: Integer;
+
+    /// Inputs of a word.
+    const INPUTS: usize = size_of::<u32>() / size_of::<Self::Integer>();
+
+    /// Inputs of a word of codes over those of a word of a row, at most 4.
+    fn parts<C: Codes>() -> usize {
+        C::INPUTS / Self::INPUTS
+    }
+
+    /// A word of integers, the first lowest.
+    #[inline(always)]
+    fn word<'a>(integers: impl Iterator<Item = &'a Self::Integer>) -> u32 {
+        let places = (0..u32::BITS).step_by(8 * size_of::<Self::Integer>());
+        let integers = integers.zip(places);
+        integers.fold(0, |word, (integer, place)| word | integer.bits() << place)
+    }
+
+    /// Part P of each word of codes.
+    fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
+
+    /// To `sums` the products of a part and of a row's word.
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words;
+
+    /// What a run's sums start from, given its second number.
+    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> S::Words;
+}
+
+/// Pairs of 16 bits.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs;
+
+impl IntRows for Pairs {
+    type Integer = i16;
+
+    #[inline(always)]
+    fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        C::pair::<S, P>(simd, words)
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
+        simd.add_pair_products(sums, part, x)
+    }
+
+    #[inline(always)]
+    fn start<C: Codes, S: Simd>(simd: S, _: f32) -> S::Words {
+        simd.splat_word(0)
+    }
+}
+
+/// Quads of 8 bits. Codes are made positive for their products, and a run's sums start from what that adds.
+#[derive(Clone, Copy)]
+pub(super) struct Quads;
+
+impl IntRows for Quads {
+    type Integer = i8;
+
+    #[inline(always)]
+    fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        C::quad::<S, P>(simd, words)
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
+        simd.add_quad_products(sums, part, x)
+    }
+
+    #[inline(always)]
+    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> S::Words {
+        match const { C::QUAD_OFFSET } {
+            0 => simd.splat_word(0),
+            _ => simd.splat_word(second.to_bits()),
+        }
+    }
+}
+
 /// Whole groups of a panel of integers ([`kiln_bundle::packing`]) against the rows of a tile, which are
 /// integers too ([`super::fixed`]). Of each run of inputs a product of integers is made, exactly, then
 /// `c[r] += scale * run's scale * product + minimum * run's sum`.
 #[derive(Clone, Copy)]
-pub(super) struct IntTile<C> {
+pub(super) struct IntTile<C, R> {
     /// Inputs of all groups.
     pub(super) k: usize,
     /// Inputs of a group; the last may have fewer.
     pub(super) group: usize,
     /// From a group to the next.
     pub(super) group_bytes: usize,
-    /// Rows of `x`, interleaved: (K / 2, ROWS) pairs of integers.
+    /// Rows of `x`, interleaved: (words of R, ROWS).
     pub(super) x: *const u32,
-    /// Scale and sum of each run of `x`: (runs, ROWS, 2).
+    /// Of each run of `x`, (runs, ROWS, 2): its scale, and its sum where there are minima, else the word
+    /// that [`IntRows::start`] takes.
     pub(super) runs: *const f32,
     /// The codes of the first group.
     pub(super) codes: *const C,
     /// Of the first group.
     pub(super) scales: *const bf16,
-    /// Of the first group, where there are any.
-    pub(super) minima: Option<*const bf16>,
+    /// Of the first group, where [`Codes::HAVE_MINIMA`].
+    pub(super) minima: *const bf16,
     /// Sums, (ROWS, PANEL).
     pub(super) c: *mut f32,
     /// Continue from the sums in `c` instead of from zero.
@@ -132,15 +286,24 @@ pub(super) struct IntTile<C> {
     pub(super) ahead: *const u8,
     pub(super) ahead_step: usize,
     pub(super) ahead_group: usize,
+    pub(super) form: PhantomData<R>,
 }
 
-impl<C: Codes> IntTile<C> {
+impl<C: Codes, I: IntRows> IntTile<C, I> {
     /// Computes ROWS rows and VECTORS vectors, run after run.
     ///
     /// # Safety
     /// The operands exist, and `c` overlaps none of them.
     #[inline(always)]
     unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(mut self, simd: S) {
+        if !self.resume {
+            unrolled!(R in ROWS {
+                unrolled!(V in VECTORS {
+                    // SAFETY: within `c`.
+                    unsafe { simd.store_f32(self.c.add(R * PANEL + V * LANES), simd.zero()) };
+                });
+            });
+        }
         let mut inputs_left = self.k;
         while inputs_left > 0 {
             let mut group_left = inputs_left.min(self.group);
@@ -155,9 +318,8 @@ impl<C: Codes> IntTile<C> {
                     let products = self.products::<S, ROWS, VECTORS>(simd, codes, words);
                     self.add_run::<S, ROWS, VECTORS>(simd, products);
                 }
-                self.resume = true;
                 codes = codes.wrapping_add(words * PANEL);
-                self.x = self.x.wrapping_add(words * C::PAIRS * ROWS);
+                self.x = self.x.wrapping_add(words * I::parts::<C>() * ROWS);
                 self.runs = self.runs.wrapping_add(2 * ROWS);
                 self.ahead = self.ahead.wrapping_add(words * self.ahead_step);
             }
@@ -165,14 +327,14 @@ impl<C: Codes> IntTile<C> {
             self.ahead = self.ahead.wrapping_add(self.ahead_group);
             self.codes = self.codes.wrapping_byte_add(group_bytes);
             self.scales = self.scales.wrapping_byte_add(group_bytes);
-            self.minima = (self.minima).map(|minima| minima.wrapping_byte_add(group_bytes));
+            self.minima = self.minima.wrapping_byte_add(group_bytes);
         }
     }
 
     /// The products of the next run: so many words of each output.
     ///
     /// # Safety
-    /// `x` and `codes` exist.
+    /// `x`, the run's numbers and `codes` exist.
     #[inline(always)]
     unsafe fn products<S: Simd, const ROWS: usize, const VECTORS: usize>(
         &self,
@@ -181,6 +343,10 @@ impl<C: Codes> IntTile<C> {
         words: usize,
     ) -> [[S::Words; VECTORS]; ROWS] {
         let mut sums = [[simd.splat_word(0); VECTORS]; ROWS];
+        unrolled!(R in ROWS {
+            // SAFETY: the run's numbers exist.
+            sums[R] = [I::start::<C, S>(simd, unsafe { *self.runs.add(2 * R + 1) }); VECTORS];
+        });
         let (mut x, mut ahead) = (self.x, self.ahead);
         for _ in 0..words {
             for line in 0..VECTORS {
@@ -191,21 +357,21 @@ impl<C: Codes> IntTile<C> {
                 // SAFETY: this word of each output.
                 step[V] = unsafe { simd.load_words(codes.add(V * LANES).cast()) };
             });
-            unrolled!(P in C::PAIRS {
+            unrolled!(P in PARTS {
                 let mut column = step;
                 unrolled!(V in VECTORS {
-                    column[V] = C::pair::<S, P>(simd, step[V]);
+                    column[V] = I::part::<C, S, P>(simd, step[V]);
                 });
                 unrolled!(R in ROWS {
                     // SAFETY: the step of `x`.
                     let x = simd.splat_word(unsafe { *x.add(P * ROWS + R) });
                     unrolled!(V in VECTORS {
-                        sums[R][V] = simd.add_pair_products(sums[R][V], x, column[V]);
+                        sums[R][V] = I::add_products(simd, sums[R][V], column[V], x);
                     });
                 });
             });
             codes = codes.wrapping_add(PANEL);
-            x = x.wrapping_add(C::PAIRS * ROWS);
+            x = x.wrapping_add(I::parts::<C>() * ROWS);
             ahead = ahead.wrapping_add(self.ahead_step);
         }
         sums
@@ -227,18 +393,17 @@ impl<C: Codes> IntTile<C> {
                 let scale = simd.load_bf16(self.scales.add(V * LANES));
                 unrolled!(R in ROWS {
                     let c = self.c.add(R * PANEL + V * LANES);
-                    let mut total = match self.resume {
-                        true => simd.load_f32(c),
-                        false => simd.zero(),
-                    };
-                    if let Some(minima) = self.minima {
-                        let minimum = simd.load_bf16(minima.add(V * LANES));
+                    let mut total = simd.load_f32(c);
+                    if const { C::HAVE_MINIMA } {
+                        let minimum = simd.load_bf16(self.minima.add(V * LANES));
                         let sum = simd.splat(*self.runs.add(2 * R + 1));
                         total = simd.fma(sum, minimum, total);
                     }
                     let product = simd.mul(scale, simd.words_to_f32(products[R][V]));
                     let run_scale = simd.splat(*self.runs.add(2 * R));
                     simd.store_f32(c, simd.fma(run_scale, product, total));
+                    // One after the other: many at once would push the products out of registers.
+                    compiler_fence(Ordering::SeqCst);
                 });
             }
         });
@@ -248,6 +413,9 @@ impl<C: Codes> IntTile<C> {
 /// A tile of a number of rows known at run time, which are interleaved: in a [`Tile`], `a_step` and
 /// `a_stride` are taken to be that number and 1.
 pub(super) trait AnyRows: Copy {
+    /// As [`Kernel::DOTS`].
+    const DOTS: Option<Dots> = None;
+
     /// # Safety
     /// The operands exist for ROWS rows and VECTORS vectors, and `c` overlaps none of them.
     unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S);
@@ -289,7 +457,19 @@ impl<E: Element> AnyRows for Tile<E> {
     }
 }
 
-impl<C: Codes> AnyRows for IntTile<C> {
+impl AnyRows for Bf16Tile {
+    const DOTS: Option<Dots> = Some(Dots::Bf16);
+
+    #[inline(always)]
+    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+        // SAFETY: the caller's.
+        unsafe { self.run::<S, ROWS, VECTORS>(simd) };
+    }
+}
+
+impl<C: Codes, I: IntRows> AnyRows for IntTile<C, I> {
+    const DOTS: Option<Dots> = Some(Dots::Integers);
+
     #[inline(always)]
     unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         // SAFETY: the caller's.
@@ -303,6 +483,7 @@ struct Outlined<T, const ROWS: usize, const VECTORS: usize>(T);
 
 impl<T: AnyRows, const ROWS: usize, const VECTORS: usize> Kernel for Outlined<T, ROWS, VECTORS> {
     type Output = ();
+    const DOTS: Option<Dots> = T::DOTS;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -165,6 +165,36 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
+        // SAFETY: as in `halves!`; sixteen values are readable.
+        unsafe {
+            [0, 8].map(|half| {
+                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.add(half).cast()));
+                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.add(half).cast()));
+                _mm256_or_si256(low, _mm256_slli_epi32::<16>(high))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
+        // SAFETY: as in `halves!`.
+        words.map(|words| unsafe { _mm256_xor_si256(words, _mm256_set1_epi8(i8::MIN)) })
+    }
+
+    #[inline(always)]
+    fn nibble_quad<const P: usize>(self, words: Self::Words) -> Self::Words {
+        // SAFETY: as in `halves!`.
+        words.map(|words| unsafe {
+            let low = match P {
+                0 => words,
+                _ => _mm256_srli_epi32::<4>(words),
+            };
+            _mm256_and_si256(low, _mm256_set1_epi8(15))
+        })
+    }
+
+    #[inline(always)]
     fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
         // SAFETY: as in `halves!`.
         words.map(|words| unsafe {
@@ -196,6 +226,32 @@ impl Simd for Avx2 {
         let sums = halves!(_mm256_add_epi32(sums, products));
         // SAFETY: as in `halves!`.
         sums.map(|sums| unsafe { pinned(sums) })
+    }
+
+    #[inline(always)]
+    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        // SAFETY: as in `halves!`.
+        let even = a.map(|a| unsafe { _mm256_and_si256(a, _mm256_set1_epi16(0xff)) });
+        // SAFETY: as in `halves!`.
+        let odd = a.map(|a| unsafe { _mm256_srli_epi16::<8>(a) });
+        let sums = self.add_pair_products(sums, even, self.byte_pair::<0>(b));
+        self.add_pair_products(sums, odd, self.byte_pair::<1>(b))
+    }
+
+    #[inline(always)]
+    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V {
+        let low = |words: Self::Words| {
+            // SAFETY: as in `halves!`.
+            words.map(|words| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)) })
+        };
+        let high = |words: Self::Words| {
+            let upper = i32::MIN >> 15;
+            // SAFETY: as in `halves!`.
+            words.map(|words| unsafe {
+                _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(upper)))
+            })
+        };
+        self.fma(low(a), low(b), self.fma(high(a), high(b), sums))
     }
 
     #[inline(always)]
@@ -233,6 +289,25 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_i16(self, p: *mut i16, v: Self::V) {
+        // SAFETY: as in `halves!`; sixteen values are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), round_i16(v)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V) {
+        // SAFETY: as in `halves!`; sixteen values are writable.
+        unsafe {
+            let halves = round_i16(v);
+            let (low, high) = (
+                _mm256_castsi256_si128(halves),
+                _mm256_extracti128_si256::<1>(halves),
+            );
+            _mm_storeu_si128(p.cast(), _mm_packs_epi16(low, high));
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
@@ -259,6 +334,20 @@ fn pinned(mut v: __m256i) -> __m256i {
 unsafe fn widen_bf16(bits: __m128i) -> __m256 {
     // SAFETY: the caller's.
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))) }
+}
+
+/// The nearest integers of 16 bits.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn round_i16(v: [__m256; 2]) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe {
+        // Packing works within 128-bit lanes; the permutation puts their parts in order.
+        let packed = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+        _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
+    }
 }
 
 /// The bits of the nearest `bf16` in the lower half of each lane.

@@ -1,17 +1,36 @@
 //! One AVX-512 register a vector.
 
-use super::{Kernel, LANES, Simd};
+use super::{Dots, Isa, Kernel, LANES, Simd};
 use half::{bf16, f16};
 use std::arch::{asm, x86_64::*};
+use std::mem::transmute;
 
-/// Proof that the machine has AVX-512 F, BW and VL, and all that `Avx2` asks for.
+/// Proof that the machine has AVX-512 F, BW and VL, all that `Avx2` asks for, and what LEVEL names. It
+/// knows what else the machine has.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512<const LEVEL: u8>(Isa);
 
-/// Runs the AVX-512 form of `kernel`.
+/// Nothing more.
+const PLAIN: u8 = 0;
+/// VNNI.
+const VNNI: u8 = 1;
+/// VNNI and BF16.
+const BF16: u8 = 2;
+
+/// Runs the AVX-512 form of `kernel`, on a machine that has `isa`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run(Avx512(()))
+pub(super) fn run<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    kernel.run(Avx512::<PLAIN>(isa))
+}
+
+#[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+fn run_vnni<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    kernel.run(Avx512::<VNNI>(isa))
+}
+
+#[target_feature(enable = "avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+fn run_bf16<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    kernel.run(Avx512::<BF16>(isa))
 }
 
 /// An instruction that the proof covers.
@@ -22,19 +41,25 @@ macro_rules! proven {
     };
 }
 
-impl Simd for Avx512 {
+impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     type V = __m512;
     type Words = __m512i;
 
     const TILE_ROWS: usize = 12;
     const TILE_VECTORS: usize = 2;
     const INT_TILE_ROWS: usize = 12;
-    const DIRECT_ROWS: usize = 6;
+    const DIRECT_ROWS: usize = 12;
 
     #[inline(never)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
-        // SAFETY: a value of `Avx512` exists only where the machine has the features.
-        unsafe { run(kernel) }
+        // SAFETY: a value of `Avx512` exists only where the machine has the features, and its own.
+        unsafe {
+            match const { K::DOTS } {
+                Some(Dots::Integers) if self.0 >= Isa::Avx512Vnni => run_vnni(self.0, kernel),
+                Some(Dots::Bf16) if self.0 >= Isa::Avx512Bf16 => run_bf16(self.0, kernel),
+                _ => run(self.0, kernel),
+            }
+        }
     }
 
     #[inline(always)]
@@ -138,6 +163,30 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
+        // SAFETY: as in `proven!`; sixteen values are readable.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.cast()));
+            _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
+        }
+    }
+
+    #[inline(always)]
+    fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
+        proven!(_mm512_xor_si512(words, _mm512_set1_epi8(i8::MIN)))
+    }
+
+    #[inline(always)]
+    fn nibble_quad<const P: usize>(self, words: Self::Words) -> Self::Words {
+        let low = match P {
+            0 => words,
+            _ => proven!(_mm512_srli_epi32::<4>(words)),
+        };
+        proven!(_mm512_and_si512(low, _mm512_set1_epi8(15)))
+    }
+
+    #[inline(always)]
     fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
         let high = match P {
             0 => proven!(_mm512_slli_epi16::<8>(words)),
@@ -159,7 +208,41 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
-        proven!(pinned(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b))))
+        if const { LEVEL >= VNNI } {
+            // LLVM makes two instructions of a long chain of these.
+            proven!(pinned(_mm512_dpwssd_epi32(sums, a, b)))
+        } else {
+            proven!(pinned(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b))))
+        }
+    }
+
+    #[inline(always)]
+    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        if const { LEVEL >= VNNI } {
+            return proven!(_mm512_dpbusd_epi32(sums, a, b));
+        }
+        let even = proven!(_mm512_and_si512(a, _mm512_set1_epi16(0xff)));
+        let odd = proven!(_mm512_srli_epi16::<8>(a));
+        let sums = self.add_pair_products(sums, even, self.byte_pair::<0>(b));
+        self.add_pair_products(sums, odd, self.byte_pair::<1>(b))
+    }
+
+    #[inline(always)]
+    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V {
+        if const { LEVEL >= BF16 } {
+            // SAFETY: sixteen words are as good as 32 bf16.
+            let bf16s = |words| unsafe { transmute::<__m512i, __m512bh>(words) };
+            return proven!(_mm512_dpbf16_ps(sums, bf16s(a), bf16s(b)));
+        }
+        let low = |words| proven!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)));
+        let upper = i32::MIN >> 15;
+        let high = |words| {
+            proven!(_mm512_castsi512_ps(_mm512_and_si512(
+                words,
+                _mm512_set1_epi32(upper)
+            )))
+        };
+        self.fma(low(a), low(b), self.fma(high(a), high(b), sums))
     }
 
     #[inline(always)]
@@ -192,6 +275,18 @@ impl Simd for Avx512 {
             let rounded = _mm512_mask_blend_epi32(not_a_number, rounded, _mm512_set1_epi32(0x7fc0));
             _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(rounded));
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, p: *mut i16, v: Self::V) {
+        // SAFETY: as in `proven!`; sixteen values are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V) {
+        // SAFETY: as in `proven!`; sixteen values are writable.
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
     }
 
     #[inline(always)]

@@ -23,11 +23,21 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW and VL, besides those of [`Isa::Avx2`].
     Avx512,
+    /// Besides that, dot products of integers (VNNI).
+    Avx512Vnni,
+    /// Besides that, dot products of bf16.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// All of them, slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 5] = [
+        Isa::Portable,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Vnni,
+        Isa::Avx512Bf16,
+    ];
 
     /// The best that this machine has, or the one that the environment variable `KILN_ISA` names.
     ///
@@ -70,8 +80,14 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => Isa::Avx512.is_supported() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => {
+                Isa::Avx512Vnni.is_supported() && is_x86_feature_detected!("avx512bf16")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => false,
+            _ => false,
         }
     }
 
@@ -93,6 +109,8 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
+            Isa::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -105,7 +123,7 @@ impl Isa {
             Isa::Avx2 => unsafe { avx2::run(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx512 => unsafe { avx512::run(kernel) },
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => unsafe { avx512::run(self, kernel) },
             _ => portable::run(kernel),
         }
     }
@@ -130,17 +148,30 @@ impl FromStr for Isa {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IsaError {
     /// No such name.
-    #[error("KILN_ISA is {0:?}; known are portable, avx2 and avx512")]
+    #[error("KILN_ISA is {0:?}; known are portable, avx2, avx512, avx512vnni and avx512bf16")]
     Unknown(String),
     /// Known, but this machine cannot run it.
     #[error("this machine has no {0}; unset KILN_ISA to use the best that it has")]
     Unsupported(Isa),
 }
 
+/// Dot products that an instruction set may have by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dots {
+    /// Of integers: [`Simd::add_pair_products`], [`Simd::add_quad_products`].
+    Integers,
+    /// Of bf16: [`Simd::add_bf16_products`].
+    Bf16,
+}
+
 /// A computation to be compiled for every instruction set. Its parts must be `#[inline(always)]`,
 /// down to the vector operations, to be compiled with the set's features.
 pub(super) trait Kernel {
     type Output;
+
+    /// Dot products that it gains from, if it is run by [`Simd::outlined`]. Levels of AVX-512 differ in
+    /// nothing else, and so in no other code.
+    const DOTS: Option<Dots> = None;
 
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
@@ -198,12 +229,26 @@ pub(super) trait Simd: Copy {
     /// `p` is valid for reading sixteen values.
     unsafe fn load_words(self, p: *const u32) -> Self::Words;
     fn splat_word(self, word: u32) -> Self::Words;
+    /// The sixteen outputs of two inputs, each word the first input's in its lower half.
+    ///
+    /// # Safety
+    /// `first` and `second` are valid for reading sixteen values.
+    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words;
+    /// Signed bytes plus 128.
+    fn bytes_above_zero(self, words: Self::Words) -> Self::Words;
+    /// Of each byte, the four bits from `4 * P`; P is 0 or 1.
+    fn nibble_quad<const P: usize>(self, words: Self::Words) -> Self::Words;
     /// Of each half of each word, byte P as a number of 16 bits; P is 0 or 1.
     fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words;
     /// Of each half of each word, the four bits from `4 * P`; P is below 4.
     fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words;
     /// To each word of `sums` the products of the halves of `a` and `b`, as signed numbers.
     fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// To each word of `sums` the products of the bytes of `a`, without sign, and of `b`, as signed numbers.
+    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// To each of `sums` the products of the halves of `a` and `b` as bf16: that of the upper halves first,
+    /// then the other, each rounded when it is added.
+    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V;
     /// Words as signed numbers, rounded to the nearest.
     fn words_to_f32(self, words: Self::Words) -> Self::V;
     /// # Safety
@@ -219,6 +264,16 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// Rounds to the nearest, ties to even; the values are from -32767 to 32767.
+    ///
+    /// # Safety
+    /// `p` is valid for writing sixteen values.
+    unsafe fn store_i16(self, p: *mut i16, v: Self::V);
+    /// Rounds to the nearest, ties to even; the values are from -127 to 127.
+    ///
+    /// # Safety
+    /// `p` is valid for writing sixteen values.
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V);
     /// Asks for the cache line at `p`, which need not be valid.
     fn prefetch(self, p: *const u8);
 
@@ -350,15 +405,20 @@ impl Element for bf16 {
 }
 
 /// Integers as tiles read them: words of several inputs of one output, taken apart into pairs of 16-bit
-/// numbers. Pair P is of the inputs P and P + PAIRS of the word.
+/// or quads of 8-bit numbers. Part P of N is of the inputs P, P + N .. of the word.
 pub(super) trait Codes: Copy + Send + Sync {
     /// Inputs of a word.
     const INPUTS: usize;
-    /// Pairs of a word, at most 4.
-    const PAIRS: usize = Self::INPUTS / 2;
+    /// What the numbers of quads, which have no sign, are too large by.
+    const QUAD_OFFSET: i32;
+    /// Whether groups have a minimum besides their scale.
+    const HAVE_MINIMA: bool;
 
     /// Pair P of each word.
     fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
+
+    /// Quad P of each word.
+    fn quad<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
 }
 
 /// A word of four bytes, lowest first.
@@ -368,10 +428,17 @@ pub(super) struct Bytes(u32);
 
 impl Codes for Bytes {
     const INPUTS: usize = 4;
+    const QUAD_OFFSET: i32 = 128;
+    const HAVE_MINIMA: bool = false;
 
     #[inline(always)]
     fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
         simd.byte_pair::<P>(words)
+    }
+
+    #[inline(always)]
+    fn quad<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        simd.bytes_above_zero(words)
     }
 }
 
@@ -382,10 +449,17 @@ pub(super) struct Nibbles(u32);
 
 impl Codes for Nibbles {
     const INPUTS: usize = 8;
+    const QUAD_OFFSET: i32 = 0;
+    const HAVE_MINIMA: bool = true;
 
     #[inline(always)]
     fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
         simd.nibble_pair::<P>(words)
+    }
+
+    #[inline(always)]
+    fn quad<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        simd.nibble_quad::<P>(words)
     }
 }
 
@@ -419,7 +493,7 @@ mod tests {
         let error = "sse9".parse::<Isa>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "KILN_ISA is \"sse9\"; known are portable, avx2 and avx512"
+            "KILN_ISA is \"sse9\"; known are portable, avx2, avx512, avx512vnni and avx512bf16"
         );
         for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_supported()) {
             assert_eq!(isa.supported(), Err(IsaError::Unsupported(isa)));
@@ -557,6 +631,40 @@ mod tests {
     }
 
     #[test]
+    fn integers_are_stored() {
+        struct Store([f32; LANES]);
+        impl Kernel for Store {
+            type Output = ([i16; LANES], [i8; LANES]);
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> Self::Output {
+                let (mut halves, mut bytes) = ([0; LANES], [0; LANES]);
+                // SAFETY: the arrays have sixteen values.
+                unsafe {
+                    let v = simd.load_f32(self.0.as_ptr());
+                    simd.store_i16(halves.as_mut_ptr(), v);
+                    simd.store_i8(bytes.as_mut_ptr(), v);
+                }
+                (halves, bytes)
+            }
+        }
+        let x: [f32; LANES] = std::array::from_fn(|i| (i as f32 - 7.5) * 17.0 + 0.25);
+        for isa in isas() {
+            let (halves, bytes) = isa.run(Store(x));
+            assert_eq!(halves.map(f32::from), x.map(f32::round_ties_even), "{isa}");
+            let within = x.map(|x| x.abs() <= 127.0);
+            for i in (0..LANES).filter(|&i| within[i]) {
+                assert_eq!(f32::from(bytes[i]), x[i].round_ties_even(), "{isa}");
+            }
+            let wide = isa.run(Store(x.map(|x| x * 200.0))).0;
+            assert_eq!(
+                wide.map(f32::from),
+                x.map(|x| (x * 200.0).round_ties_even()),
+                "{isa}"
+            );
+        }
+    }
+
+    #[test]
     fn words_are_taken_apart_and_multiplied() {
         struct Products([u32; LANES], u32);
         impl Kernel for Products {
@@ -570,6 +678,10 @@ mod tests {
                     let sums = simd.add_pair_products(simd.splat_word(-7_i32 as u32), pair, x);
                     simd.to_array(simd.words_to_f32(sums))
                 };
+                let quads = |quad| {
+                    let sums = simd.add_quad_products(simd.splat_word(-7_i32 as u32), quad, x);
+                    simd.to_array(simd.words_to_f32(sums))
+                };
                 vec![
                     product(Bytes::pair::<S, 0>(simd, words)),
                     product(Bytes::pair::<S, 1>(simd, words)),
@@ -577,6 +689,9 @@ mod tests {
                     product(Nibbles::pair::<S, 1>(simd, words)),
                     product(Nibbles::pair::<S, 2>(simd, words)),
                     product(Nibbles::pair::<S, 3>(simd, words)),
+                    quads(Bytes::quad::<S, 0>(simd, words)),
+                    quads(Nibbles::quad::<S, 0>(simd, words)),
+                    quads(Nibbles::quad::<S, 1>(simd, words)),
                 ]
             }
         }
@@ -587,14 +702,60 @@ mod tests {
             let (low, high) = (i32::from(x as i16), i32::from((x >> 16) as i16));
             let byte = |word: u32, i: usize| i32::from((word >> (8 * i)) as i8);
             let nibble = |word: u32, i: usize| (word >> (4 * i) & 15) as i32;
+            let sum = |of: &dyn Fn(usize) -> i32| (0..4).map(|i| of(i) * byte(x, i)).sum::<i32>();
             for isa in isas() {
                 for (p, found) in isa.run(Products(words, x)).into_iter().enumerate() {
                     let expect = words.map(|word| match p {
                         0 | 1 => byte(word, p) * low + byte(word, p + 2) * high - 7,
-                        _ => nibble(word, p - 2) * low + nibble(word, p + 2) * high - 7,
+                        2..6 => nibble(word, p - 2) * low + nibble(word, p + 2) * high - 7,
+                        6 => sum(&|i| byte(word, i) + Bytes::QUAD_OFFSET) - 7,
+                        _ => sum(&|i| nibble(word, p - 7 + 2 * i)) - 7,
                     });
-                    assert_eq!(found, expect.map(|sum| sum as f32), "{isa}: pair {p}");
+                    assert_eq!(found, expect.map(|sum| sum as f32), "{isa}: part {p}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_bf16_are_multiplied_one_after_the_other() {
+        struct Products<'a>(&'a [[bf16; LANES]; 2], [bf16; 2], [f32; LANES]);
+        impl Kernel for Products<'_> {
+            type Output = [f32; LANES];
+            const DOTS: Option<Dots> = Some(Dots::Bf16);
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> Self::Output {
+                let Products(rows, [low, high], sums) = self;
+                let x = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+                // SAFETY: the arrays have sixteen values.
+                unsafe {
+                    let pairs = simd.load_bf16_pairs(rows[0].as_ptr(), rows[1].as_ptr());
+                    let sums = simd.load_f32(sums.as_ptr());
+                    simd.to_array(simd.add_bf16_products(sums, pairs, simd.splat_word(x)))
+                }
+            }
+        }
+        struct Outlined<K>(K);
+        impl<K: Kernel> Kernel for Outlined<K> {
+            type Output = K::Output;
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> K::Output {
+                simd.outlined(self.0)
+            }
+        }
+        let mut random = Random::new(9);
+        let mut row =
+            || -> [bf16; LANES] { std::array::from_fn(|_| bf16::from_f32(random.values(1)[0])) };
+        for _ in 0..1000 {
+            let (rows, x) = ([row(), row()], row());
+            let sums = row().map(|x| x.to_f32() * 1.2345);
+            let expect: [f32; LANES] = std::array::from_fn(|i| {
+                let sum = rows[1][i].to_f32().mul_add(x[1].to_f32(), sums[i]);
+                rows[0][i].to_f32().mul_add(x[0].to_f32(), sum)
+            });
+            for isa in isas().filter(|isa| *isa != Isa::Portable) {
+                let found = isa.run(Outlined(Products(&rows, [x[0], x[1]], sums)));
+                assert_eq!(found.map(f32::to_bits), expect.map(f32::to_bits), "{isa}");
             }
         }
     }

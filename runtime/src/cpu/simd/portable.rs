@@ -140,6 +140,24 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
+        // SAFETY: the caller's: sixteen values are readable.
+        let [low, high] =
+            [first, second].map(|p| unsafe { p.cast::<[u16; LANES]>().read_unaligned() });
+        std::array::from_fn(|i| u32::from(low[i]) | u32::from(high[i]) << 16)
+    }
+
+    #[inline(always)]
+    fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
+        words.map(|word| word ^ 0x8080_8080)
+    }
+
+    #[inline(always)]
+    fn nibble_quad<const P: usize>(self, words: Self::Words) -> Self::Words {
+        words.map(|word| word >> (4 * P) & 0x0f0f_0f0f)
+    }
+
+    #[inline(always)]
     fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
         let byte = |half: u32| u32::from(i16::from((half >> (8 * P)) as i8).cast_unsigned());
         words.map(|word| byte(word) | byte(word >> 16) << 16)
@@ -158,6 +176,24 @@ impl Simd for Portable {
             let products = (low(a[i]) * low(b[i])).wrapping_add(high(a[i]) * high(b[i]));
             sums[i].wrapping_add(products.cast_unsigned())
         })
+    }
+
+    #[inline(always)]
+    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        let product = |a: u32, b: u32, i: usize| {
+            i32::from((a >> (8 * i)) as u8) * i32::from((b >> (8 * i)) as i8)
+        };
+        std::array::from_fn(|lane| {
+            let products = (0..4).map(|i| product(a[lane], b[lane], i));
+            sums[lane].wrapping_add(products.sum::<i32>().cast_unsigned())
+        })
+    }
+
+    #[inline(always)]
+    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V {
+        let low = |words: Self::Words| words.map(|word| f32::from_bits(word << 16));
+        let high = |words: Self::Words| words.map(|word| f32::from_bits(word & 0xffff_0000));
+        self.fma(low(a), low(b), self.fma(high(a), high(b), sums))
     }
 
     #[inline(always)]
@@ -187,6 +223,20 @@ impl Simd for Portable {
             p.cast::<[bf16; LANES]>()
                 .write_unaligned(v.map(bf16::from_f32))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, p: *mut i16, v: Self::V) {
+        let rounded = self.round(v).map(|x| x as i16);
+        // SAFETY: the caller's: sixteen values are writable.
+        unsafe { p.cast::<[i16; LANES]>().write_unaligned(rounded) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V) {
+        let rounded = self.round(v).map(|x| x as i8);
+        // SAFETY: the caller's: sixteen values are writable.
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(rounded) }
     }
 
     #[inline(always)]

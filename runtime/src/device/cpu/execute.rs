@@ -8,8 +8,8 @@ use crate::cpu::{
 use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, Tokens};
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
-    BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
-    TensorView, WeightFile, WeightFormat,
+    Activations, BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind,
+    Target, TensorView, WeightFile, WeightFormat,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -146,6 +146,8 @@ pub(super) struct Weights {
     format: WeightFormat,
     /// Matrices that are stored otherwise.
     exceptions: BTreeMap<String, WeightFormat>,
+    /// What rows are rounded to.
+    activations: Option<Activations>,
 }
 
 impl Weights {
@@ -154,6 +156,7 @@ impl Weights {
             file,
             format: target.weights,
             exceptions: target.exceptions.clone(),
+            activations: target.activations,
         }
     }
 
@@ -258,6 +261,7 @@ impl Weights {
                 Some(kiln_bundle::Activation::Relu) => Activation::Relu,
                 Some(kiln_bundle::Activation::GeluNew) => Activation::GeluNew,
             },
+            activations: self.activations,
             ..cpu::Linear::new(self.matrix(&linear.weight, n, k)?)
         })
     }
