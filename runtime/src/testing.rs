@@ -115,6 +115,7 @@ impl FakeDevice {
             facts: DeviceFacts {
                 name: "fake".to_owned(),
                 target: "fake".to_owned(),
+                gpu: None,
                 slots,
                 kv_blocks,
                 memory: MemoryNeed::default(),
