@@ -157,8 +157,21 @@ fn section(index: usize, table: &Table, model: &ModelTable, sources: &Sources) -
     let ceilings = &machine.ceilings;
     let mut facts = vec![
         ("device", machine.device.clone()),
-        ("reads", format!("{:.1} GB/s", ceilings.read_gb_per_s)),
-        ("float", rate(ceilings.float_gflop_per_s)),
+        (
+            // A GPU's bandwidth is measured by copying.
+            match machine.datasheet {
+                Some(_) => "copies",
+                None => "reads",
+            },
+            format!("{:.1} GB/s", ceilings.read_gb_per_s),
+        ),
+        (
+            "float",
+            match &machine.datasheet {
+                Some(gpu) => format!("{} (datasheet of {gpu})", rate(ceilings.float_gflop_per_s)),
+                None => rate(ceilings.float_gflop_per_s),
+            },
+        ),
     ];
     facts.extend(ceilings.integer_gop_per_s.map(|gop| ("integer", rate(gop))));
     facts.push(("KV cache", model.dtype.to_string()));
@@ -249,8 +262,10 @@ fn card(
     colours: &Colours<'_>,
 ) -> Card {
     let median_us = step.time.median_us;
+    // Kernels that overlap leave nothing for the remainder.
+    let remainder_us = step.remainder_us.max(0.0);
     // Not of all zeros.
-    let whole_us = (step.kernels_us() + step.remainder_us).max(1e-9);
+    let whole_us = (step.kernels_us() + remainder_us).max(1e-9);
     let mut x = 0.0;
     let mut part = |us: f64, colour: Option<usize>, name: &str, href: String| {
         let width = 100.0 * us / whole_us;
@@ -283,11 +298,15 @@ fn card(
         })
         .collect();
     let href = row_id(section, number, step.rows.len());
-    parts.push(part(step.remainder_us, None, "remainder", href));
+    parts.push(part(remainder_us, None, "remainder", href));
     let remainder = format!(
-        "{} ({:.1}%)",
+        "{} ({:.1}%){}",
         time(step.remainder_us),
-        100.0 * step.remainder_us / median_us
+        100.0 * step.remainder_us / median_us,
+        match step.remainder_us < 0.0 {
+            true => ", kernels overlap",
+            false => "",
+        }
     );
     let bars = step.rows.iter().enumerate().map(|(index, row)| {
         let percent = 100.0 * row.share_of_limit();

@@ -314,3 +314,27 @@ fn sources_are_read_from_bundles_alone() {
     let output = kiln_perf(&["report", &path, "-o", &page, "--bundle", &bundle]);
     assert_eq!(output.status.code(), Some(1));
 }
+
+/// Kernels that overlap in their step leave nothing for the remainder: it is told, and not drawn.
+#[test]
+fn kernels_that_overlap_fill_their_step() {
+    let page = html(&[testing::table_of_a_gpu()], &Sources::new()).expect("a page");
+    assert!(page.contains("%), kernels overlap"), "{page}");
+    assert!(page.contains("989 TFLOP/s (datasheet of H200)"), "{page}");
+    let stacks: Vec<&str> = page.split("<svg class=\"stack\"").skip(1).collect();
+    assert!(!stacks.is_empty());
+    for stack in stacks {
+        let stack = stack.split("</svg>").next().unwrap_or_default();
+        // The first is the whole drawing's.
+        let widths = stack.split(" width=\"").skip(2).map(|text| {
+            let number = text.split('%').next().unwrap_or_default();
+            number.parse::<f64>().expect("a width")
+        });
+        let widths: Vec<f64> = widths.collect();
+        assert!(widths.iter().all(|&width| width >= 0.0), "{widths:?}");
+        assert!(
+            (widths.iter().sum::<f64>() - 100.0).abs() < 0.01,
+            "{widths:?}"
+        );
+    }
+}

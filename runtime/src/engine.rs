@@ -347,7 +347,8 @@ impl Engine {
             let Some(plan) = plan else {
                 break;
             };
-            self.step.observe.kernel_times = self.recorder.is_on();
+            self.step.observe.kernel_times =
+                self.recorder.is_on() && self.device.times_in_passing();
             let submitted = Instant::now();
             for planned in &plan.sequences {
                 if let Some(active) = self.active.get_mut(&planned.id.request) {

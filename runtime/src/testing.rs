@@ -116,6 +116,7 @@ impl FakeDevice {
             facts: DeviceFacts {
                 name: "fake".to_owned(),
                 target: "fake".to_owned(),
+                gpu: None,
                 slots,
                 kv_blocks,
                 memory: MemoryNeed::default(),

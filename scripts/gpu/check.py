@@ -3,9 +3,10 @@
     scripts/gpu/check DIR [--quick] [--only PART,...] [--models MODEL,...]
 
 DIR receives three files, rewritten whenever a part has news, so that a run that is cut short leaves
-what it found: summary.md (tables), summary.json (everything measured, by part), log.txt (all output).
+what it found: summary.md (tables), summary.json (everything measured, by part), log.txt (all output);
+and, of the part kernels, a table of each model as kiln-perf writes it: kernels-<model>.json and .txt.
 
-The programs kilnc, kiln and kiln-conformance are taken from --bin, scripts/gpu/bin or target/release.
+The programs kilnc, kiln, kiln-conformance and kiln-perf are taken from --bin, scripts/gpu/bin or target/release.
 Exit status: 0 all parts passed or were skipped with a reason, 1 a part failed, 2 wrong usage.
 """
 
@@ -38,8 +39,8 @@ def main():
     scratch = args.scratch.resolve() if args.scratch else Path(tempfile.mkdtemp(prefix="kiln-gpu-"))
     scratch.mkdir(parents=True, exist_ok=True)
     context = Context(
-        bin=str(bin_dir), root=str(ROOT), scratch=str(scratch), device=args.device, quick=args.quick,
-        models=args.models, batches=args.batches, lengths=args.lengths,
+        bin=str(bin_dir), root=str(ROOT), scratch=str(scratch), results=str(args.dir.resolve()), device=args.device,
+        quick=args.quick, models=args.models, batches=args.batches, lengths=args.lengths,
     )
     minutes = args.minutes or (QUICK_MINUTES if args.quick else None)
     try:

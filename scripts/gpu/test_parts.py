@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 
-from parts import PARTS, common, conformance, decode, facts, invariance, parity, prefill, sanitizer, speed, summary
+from parts import PARTS, common, conformance, decode, facts, invariance, kernels, parity, prefill, sanitizer, speed, summary
 
 OPT_125M = {"name": "opt-125m", "architecture": "opt", "layers": 12, "hidden_size": 768, "heads": 12,
             "ffn_size": 3072, "vocab_size": 50272, "max_positions": 2048}
@@ -103,6 +103,47 @@ class Speed(unittest.TestCase):
         self.assertEqual(decode.lengths(OPT_125M | {"max_positions": 128}), (64, 64))
 
 
+def table(kernel_us, step_us, peers=()):
+    """As `kiln-perf table` writes it: one step of three kernels that are alike."""
+    times = lambda us: {"min_us": us, "median_us": us, "p95_us": us}
+    row = {"kernel": "linear", "spec": "linear 8 -> 4", "shapes": "(1, 8) x (4, 8)", "count": 3, "bytes": 6000.0,
+           "time": times(kernel_us), "floor_us": 1.0, "share_of_step": 3 * kernel_us / step_us,
+           "references": [{"name": name, "format": "f16", "time": times(us)} for name, us in peers]}
+    step = {"executable": "decode-b1-kv256", "kv_len": 256, "rows": [row], "time": times(step_us),
+            "remainder_us": step_us - 3 * kernel_us}
+    return {"models": [{"model": "opt-125m", "steps": [step]}]}
+
+
+class Kernels(unittest.TestCase):
+    def test_rows(self):
+        (row,) = kernels.rows(table(2.0, 5.0, [("torch", 3.0), ("cublaslt", 1.0)]))
+        self.assertEqual(row["step"], "decode-b1-kv256 at 256")
+        self.assertEqual((row["count"], row["us"], row["GB/s"], row["of limit"], row["of step"]), (3, 2.0, 3.0, "50%", "120%"))
+        self.assertEqual((row["torch f16"], row["cublaslt f16"]), ("1.50x", "0.50x"))
+
+    def test_times_that_cannot_be(self):
+        passed = lambda *times: [passed for _, passed, _ in kernels.judge(table(*times))]
+        self.assertEqual(passed(2.0, 5.0), [True, True])
+        # Events that no replay has recorded, and those of another step.
+        self.assertEqual(passed(0.0, 5.0), [False, False])
+        self.assertEqual(passed(0.5, 5.0), [True, False])
+        self.assertEqual(passed(7.0, 5.0), [True, False])
+        self.assertEqual(list(kernels.rows(table(0.0, 5.0, [("torch", 3.0)])))[0]["of limit"], "")
+        self.assertIn("remainder -1.0 us", list(kernels.judge(table(2.0, 5.0)))[1][2])
+
+    def test_the_library_is_found(self):
+        with tempfile.TemporaryDirectory() as folder:
+            package, toolkit = Path(folder) / "nvidia/cublas/lib", Path(folder) / "toolkit"
+            package.mkdir(parents=True)
+            toolkit.mkdir()
+            find = lambda: kernels.library_folder([folder], [str(toolkit)])
+            self.assertIsNone(find())
+            (toolkit / "libcublasLt.so.13").touch()
+            self.assertEqual(find(), str(toolkit))
+            (package / "libcublasLt.so.12").touch()
+            self.assertEqual(find(), str(package))
+
+
 class Common(unittest.TestCase):
     def test_safetensors(self):
         header = json.dumps({"__metadata__": {}, "a": {"dtype": "F32", "shape": [1, 2], "data_offsets": [4, 12]}}).encode()
@@ -121,8 +162,12 @@ class Common(unittest.TestCase):
         self.assertEqual((common.median([3, 1, 2]), common.median([4, 1, 2, 3]), common.median([5])), (2, 2.5, 5))
 
     def test_context_travels(self):
-        context = common.Context(bin="b", root="r", scratch="s", models=["opt-125m"], ceilings={"read_gb_per_s": 1.5})
+        context = common.Context(bin="b", root="r", scratch="s", results="d", models=["opt-125m"], ceilings={"read_gb_per_s": 1.5})
         self.assertEqual(common.Context.from_json(context.to_json()), context)
+
+    def test_programs_see_their_environment(self):
+        program = [sys.executable, "-c", "import os; print(os.environ['LD_LIBRARY_PATH'])"]
+        self.assertEqual(common.run(program, {"LD_LIBRARY_PATH": "/x:/y"}), "/x:/y\n")
 
     def test_programs_that_fail(self):
         with self.assertRaisesRegex(common.Failed, "status 3: to no avail"):

@@ -25,6 +25,7 @@ use std::{
     process::{Command, Output},
     ptr,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 /// How kernels are compiled and run.
@@ -63,10 +64,16 @@ pub struct EmulatedDriver {
     hidden: Vec<RawRange>,
     allocated_bytes: u64,
     kernels: Vec<Kernel>,
-    graphs: Vec<Vec<BoundLaunch>>,
+    graphs: Vec<Graph>,
     downloads: VecDeque<(u64, Vec<u8>)>,
     next_ticket: u64,
     pool: Pool,
+}
+
+/// A recorded chain, and how long its launches took when they ran last.
+struct Graph {
+    launches: Vec<BoundLaunch>,
+    times: Vec<Duration>,
 }
 
 struct Kernel {
@@ -233,14 +240,35 @@ impl Driver for EmulatedDriver {
     }
 
     fn record(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
-        self.graphs.push(launches.to_vec());
+        self.graphs.push(Graph {
+            launches: launches.to_vec(),
+            times: Vec::new(),
+        });
         Ok(GraphHandle(self.graphs.len() - 1))
     }
 
+    /// The host's clock stands for events: launches are done when they are enqueued.
+    fn record_timed(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
+        self.record(launches)
+    }
+
+    fn launch_times(&mut self, graph: GraphHandle) -> Result<Vec<Duration>, DriverError> {
+        let graph = self.graphs.get(graph.0);
+        let graph = graph.ok_or_else(|| error("launch_times", "", "no such graph".to_owned()))?;
+        Ok(graph.times.clone())
+    }
+
     fn replay(&mut self, graph: GraphHandle) -> Result<(), DriverError> {
-        let launches = self.graphs.get(graph.0).cloned();
-        let launches = launches.ok_or_else(|| error("replay", "", "no such graph".to_owned()))?;
-        launches.iter().try_for_each(|launch| self.run(launch))
+        let no_graph = || error("replay", "", "no such graph".to_owned());
+        let launches = self.graphs.get(graph.0).map(|graph| graph.launches.clone());
+        let mut times = Vec::new();
+        for launch in launches.ok_or_else(no_graph)? {
+            let start = Instant::now();
+            self.run(&launch)?;
+            times.push(start.elapsed());
+        }
+        self.graphs[graph.0].times = times;
+        Ok(())
     }
 
     fn download(&mut self, from: DeviceAddress, bytes: usize) -> Result<Ticket, DriverError> {

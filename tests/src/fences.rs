@@ -15,7 +15,14 @@ use kiln_runtime::device::cuda::{
     BoundLaunch, DeviceAddress, Driver, DriverError, GpuFacts, GraphHandle, KernelHandle,
     KernelImage, Ticket,
 };
-use std::{collections::BTreeMap, fs, mem::offset_of, ops::Range, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    mem::offset_of,
+    ops::Range,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 const WEIGHTS: &str = "weights";
 /// At least so much lies behind every part.
@@ -218,6 +225,8 @@ pub struct FencedDriver {
     memory: Vec<(Range<u64>, Option<Fence>)>,
     /// Recorded launches.
     graphs: Vec<Vec<BoundLaunch>>,
+    /// Of the launches that were replayed last.
+    times: Vec<Duration>,
     /// The last upload that can be a step's lists.
     upload: (DeviceAddress, Vec<u8>),
 }
@@ -230,6 +239,7 @@ impl FencedDriver {
             fences: fences.clone(),
             memory: vec![],
             graphs: vec![],
+            times: vec![],
             upload: (DeviceAddress(0), vec![]),
         }
     }
@@ -434,9 +444,23 @@ impl Driver for FencedDriver {
         Ok(GraphHandle(self.graphs.len() - 1))
     }
 
+    fn record_timed(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
+        self.record(launches)
+    }
+
     fn replay(&mut self, graph: GraphHandle) -> Result<(), DriverError> {
         let launches = self.graphs[graph.0].clone();
-        launches.iter().try_for_each(|launch| self.launch(launch))
+        self.times.clear();
+        for launch in &launches {
+            let start = Instant::now();
+            self.launch(launch)?;
+            self.times.push(start.elapsed());
+        }
+        Ok(())
+    }
+
+    fn launch_times(&mut self, _: GraphHandle) -> Result<Vec<Duration>, DriverError> {
+        Ok(self.times.clone())
     }
 
     fn download(&mut self, from: DeviceAddress, bytes: usize) -> Result<Ticket, DriverError> {

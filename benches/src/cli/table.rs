@@ -2,19 +2,19 @@
 
 use crate::table::kinds::Shape;
 use crate::table::measure::{Measured, measure};
-use crate::table::predicted::{ceilings, gpu_for, predict_steps};
-use crate::table::references::{self, References};
+use crate::table::predicted::{ceilings, datasheet_of, gpu_for, predict_steps};
+use crate::table::references::{self, Place, References};
 use crate::table::steps::{Wanted, plan_steps};
 use crate::table::{
-    Ceilings, MAX_SAMPLES, Machine, ModelTable, Source, StepTable, TABLE_VERSION, Table,
+    CPU, Ceilings, MAX_SAMPLES, Machine, ModelTable, Source, StepTable, TABLE_VERSION, Table,
 };
-use crate::table::{TableError, profile, text};
-use anyhow::{Context, Error, Result, bail, ensure};
+use crate::table::{TableError, cublaslt, profile, text};
+use anyhow::{Context, Error, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use kiln_bundle::{Bundle, Target, WholeFile};
 use kiln_runtime::LoadOptions;
 use kiln_runtime::cpu::{BANDWIDTH_BYTES, Isa, ThreadPool, peak, physical_cores, read_bandwidth};
-use kiln_runtime::device::{CpuOptions, DeviceChoice, load};
+use kiln_runtime::device::{CpuOptions, Device, DeviceChoice, DeviceFacts, load};
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,8 +22,6 @@ use std::time::SystemTime;
 
 /// Share of a step by which the sum of its kernels and the remainder may be off.
 const UNEXPLAINED_SHARE: f64 = 0.03;
-/// The target of a processor.
-const CPU: &str = "cpu";
 
 /// Arguments of `kiln-perf table`.
 #[derive(clap::Args)]
@@ -31,7 +29,8 @@ pub(super) struct TableArgs {
     /// Directories of compiled bundles
     #[arg(required = true, value_name = "BUNDLE")]
     bundles: Vec<PathBuf>,
-    /// Device to measure on: auto, cpu, cuda or cuda:N
+    /// Device to measure on: auto, cpu, cuda or cuda:N. Kernels of a GPU are timed by events around graph
+    /// replays, one after another, and the whole step without
     #[arg(
         long,
         value_name = "DEVICE",
@@ -46,8 +45,9 @@ pub(super) struct TableArgs {
     /// times are predicted
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
-    /// Predict times for this GPU [default: one of the target's]
-    #[arg(long, value_name = "NAME", requires = "target")]
+    /// With --target, predict times for this GPU [default: one of the target's]; measuring on a GPU, take
+    /// the rate of its operations from this one's datasheet [default: as the driver names it]
+    #[arg(long, value_name = "NAME")]
     gpu: Option<String>,
     /// Step of this executable; may be given several times [default: prefill in the largest bucket, decode
     /// of one sequence and of as many as a step takes]
@@ -66,7 +66,7 @@ pub(super) struct TableArgs {
     /// Steps of each kind that are timed
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=MAX_SAMPLES as i64))]
     repeat: u32,
-    /// Measure the same products by another program; may be given twice
+    /// Measure the same products by another program, on the same device; may be given several times
     #[arg(long = "reference", value_name = "NAME", value_enum)]
     references: Vec<Peer>,
     /// Python that has PyTorch, for `--reference torch`
@@ -86,10 +86,12 @@ pub(super) struct TableArgs {
 /// What can be measured beside kiln.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum Peer {
-    /// The `gemm` crate: linears, in f32.
+    /// The `gemm` crate, on a CPU: linears, in f32.
     Gemm,
-    /// PyTorch: linears and attention, in f32 and bf16.
+    /// PyTorch: linears and attention, in bf16 and f32 on a CPU, in bf16 and f16 on a GPU.
     Torch,
+    /// NVIDIA's library libcublasLt, on a GPU: linears, in f16.
+    Cublaslt,
 }
 
 pub(super) fn run(args: &TableArgs) -> Result<ExitCode> {
@@ -131,6 +133,28 @@ impl TableArgs {
     fn threads(&self) -> usize {
         self.threads
             .map_or_else(|| physical_cores().len(), usize::from)
+    }
+
+    /// Whether what was asked for is of the device that was found: said before anything takes its time.
+    fn check(&self, facts: &DeviceFacts) -> Result<()> {
+        let has = |peer| self.references.contains(&peer);
+        let of_another = match facts.gpu {
+            Some(_) => [
+                (self.threads.is_some(), "--threads"),
+                (has(Peer::Gemm), "--reference gemm"),
+            ],
+            None => [
+                (self.gpu.is_some(), "--gpu"),
+                (has(Peer::Cublaslt), "--reference cublaslt"),
+            ],
+        };
+        for (given, flag) in of_another {
+            ensure!(!given, "{flag} is not for {}", facts.name);
+        }
+        if has(Peer::Cublaslt) {
+            cublaslt::check_library()?;
+        }
+        Ok(())
     }
 }
 
@@ -185,6 +209,7 @@ fn predict(args: &TableArgs, target: &str) -> Result<(Machine, Vec<ModelTable>)>
             threads: None,
             isa: None,
             profile: profile().to_owned(),
+            datasheet: None,
             ceilings: ceilings(&gpu),
         });
     }
@@ -193,17 +218,13 @@ fn predict(args: &TableArgs, target: &str) -> Result<(Machine, Vec<ModelTable>)>
 }
 
 fn measure_all(args: &TableArgs) -> Result<(Machine, Vec<ModelTable>)> {
-    ensure!(
-        args.gpu.is_none(),
-        "--gpu is for predictions of a GPU's target; cpu is measured"
-    );
     if profile() != "release" {
         eprintln!(
             "note: this is a {} build; times are not those of a release",
             profile()
         );
     }
-    let (threads, repeat) = (args.threads(), args.repeat as usize);
+    let repeat = args.repeat as usize;
     let device_choice = match args.target {
         // The only target that is measured by name.
         Some(_) => DeviceChoice::Cpu,
@@ -212,13 +233,12 @@ fn measure_all(args: &TableArgs) -> Result<(Machine, Vec<ModelTable>)> {
     let options = LoadOptions {
         device: device_choice,
         cpu: CpuOptions {
-            threads: Some(threads),
+            threads: Some(args.threads()),
             ..CpuOptions::default()
         },
         ..LoadOptions::default()
     };
-    let mut name = String::new();
-    let mut best: Option<Ceilings> = None;
+    let mut machine: Option<Machine> = None;
     let mut measured = Vec::new();
     for path in &args.bundles {
         let bundle = Bundle::open(path)?;
@@ -228,57 +248,102 @@ fn measure_all(args: &TableArgs) -> Result<(Machine, Vec<ModelTable>)> {
         let mut device =
             load(&bundle, &options).with_context(|| format!("cannot load {}", path.display()))?;
         let facts = device.facts().clone();
-        if facts.target != CPU {
-            bail!(TableError::NoKernelTimes { device: facts.name });
-        }
+        args.check(&facts)?;
         let target = target_of(&bundle, &facts.target)?.clone();
         // What cannot be done is said before anything takes its time.
         let plans = plan_steps(&target.name, &target.executables, &args.wanted())?;
-        best = Some(better(best, threads)?);
-        name = facts.name;
+        machine = Some(measure_machine(args, device.as_mut(), machine)?);
         let bar = progress_bar(&bundle, 2 * repeat * plans.len());
         let mut steps = measure(device.as_mut(), &target, &plans, repeat, &|| bar.inc(1))
             .with_context(|| format!("cannot measure {}", path.display()))?;
         bar.finish_and_clear();
+        machine = Some(measure_machine(args, device.as_mut(), machine)?);
+        // What others need of its memory is theirs.
         drop(device);
         for note in steps.iter().filter_map(note) {
             eprintln!("note: {note}");
         }
-        add_references(args, &mut steps)?;
+        add_references(args, facts.gpu, &mut steps)?;
         measured.push((bundle, target, steps));
     }
-    let ceilings = better(best, threads)?;
+    let machine = machine.context("there is no bundle")?;
     let models = measured.into_iter().map(|(bundle, target, mut steps)| {
-        steps.iter_mut().for_each(|step| step.set_floors(&ceilings));
+        let floors = |step: &mut Measured| step.set_floors(&machine.ceilings);
+        steps.iter_mut().for_each(floors);
         let steps = steps.into_iter().map(|measured| measured.step).collect();
         model_table(&bundle, &target, Source::Measured, steps)
     });
     let models = models.collect();
-    let machine = Machine {
+    Ok((machine, models))
+}
+
+/// The machine with the best of its ceilings so far and those of now: what it can do varies with what else
+/// runs on it, and a ceiling is what it can do at its best.
+fn measure_machine(
+    args: &TableArgs,
+    device: &mut dyn Device,
+    so_far: Option<Machine>,
+) -> Result<Machine> {
+    let facts = device.facts().clone();
+    let now = match facts.gpu {
+        Some(_) => gpu(&facts, device.read_bandwidth(), args.gpu.as_deref())?,
+        None => cpu(facts.name, args.threads())?,
+    };
+    let Some(so_far) = so_far else {
+        return Ok(now);
+    };
+    ensure!(
+        so_far.device == now.device,
+        "a table is of one machine, and these bundles run on {} and {}; give --device",
+        so_far.device,
+        now.device
+    );
+    let ceilings = so_far.ceilings.max(now.ceilings);
+    Ok(Machine { ceilings, ..now })
+}
+
+fn cpu(name: String, threads: usize) -> Result<Machine> {
+    let pool = ThreadPool::new(threads).context("the system refuses threads")?;
+    let isa = Isa::detect()?;
+    let peak = peak(&pool, isa);
+    Ok(Machine {
         device: match processor() {
             Some(processor) => format!("{processor}, {name}"),
             None => name,
         },
         threads: Some(threads),
-        isa: Some(Isa::detect()?.name().to_owned()),
+        isa: Some(isa.name().to_owned()),
         profile: profile().to_owned(),
-        ceilings,
-    };
-    Ok((machine, models))
+        datasheet: None,
+        ceilings: Ceilings {
+            read_gb_per_s: read_bandwidth(&pool, isa, BANDWIDTH_BYTES).best,
+            float_gflop_per_s: peak.float_gflop_per_s,
+            integer_gop_per_s: Some(peak.integer_gop_per_s),
+        },
+    })
 }
 
-/// The best of the ceilings so far and those of now: what a machine can do varies with what else runs on
-/// it, and a ceiling is what it can do at its best.
-fn better(so_far: Option<Ceilings>, threads: usize) -> Result<Ceilings> {
-    let pool = ThreadPool::new(threads).context("the system refuses threads")?;
-    let isa = Isa::detect()?;
-    let peak = peak(&pool, isa);
-    let now = Ceilings {
-        read_gb_per_s: read_bandwidth(&pool, isa, BANDWIDTH_BYTES).best,
-        float_gflop_per_s: peak.float_gflop_per_s,
-        integer_gop_per_s: Some(peak.integer_gop_per_s),
+/// A GPU: the bandwidth as it was measured, the rate of operations by a datasheet.
+fn gpu(
+    facts: &DeviceFacts,
+    bandwidth: Option<f64>,
+    named: Option<&str>,
+) -> Result<Machine, TableError> {
+    let gpu = datasheet_of(&facts.name, named)?;
+    let no_bandwidth = || TableError::NoBandwidth {
+        device: facts.name.clone(),
     };
-    Ok(so_far.map_or(now, |so_far| so_far.max(now)))
+    Ok(Machine {
+        device: facts.name.clone(),
+        threads: None,
+        isa: None,
+        profile: profile().to_owned(),
+        datasheet: Some(gpu.name.to_owned()),
+        ceilings: Ceilings {
+            read_gb_per_s: bandwidth.ok_or_else(no_bandwidth)?,
+            ..ceilings(&gpu)
+        },
+    })
 }
 
 fn progress_bar(bundle: &Bundle, steps: usize) -> ProgressBar {
@@ -313,7 +378,7 @@ fn processor() -> Option<String> {
 }
 
 /// Says of each row what others take for the same.
-fn add_references(args: &TableArgs, measured: &mut [Measured]) -> Result<()> {
+fn add_references(args: &TableArgs, gpu: Option<u32>, measured: &mut [Measured]) -> Result<()> {
     let mut shapes: Vec<Shape> = Vec::new();
     for shape in measured
         .iter()
@@ -330,7 +395,11 @@ fn add_references(args: &TableArgs, measured: &mut [Measured]) -> Result<()> {
         references::gemm(&shapes, threads, repeat, &mut found)?;
     }
     if args.references.contains(&Peer::Torch) {
-        references::torch(&args.python, &shapes, threads, repeat, &mut found)?;
+        let place = gpu.map_or(Place::Cpu { threads }, Place::Gpu);
+        references::torch(&args.python, &shapes, place, repeat, &mut found)?;
+    }
+    if let Some(gpu) = gpu.filter(|_| args.references.contains(&Peer::Cublaslt)) {
+        cublaslt::measure(gpu, &shapes, repeat, &mut found)?;
     }
     for Measured { step, kinds } in measured {
         for (row, kind) in step.rows.iter_mut().zip(kinds) {
@@ -345,6 +414,68 @@ fn add_references(args: &TableArgs, measured: &mut [Measured]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::table::Times;
+    use clap::Parser;
+    use kiln_runtime::device::MemoryNeed;
+
+    #[derive(Parser)]
+    struct TestArgs {
+        #[command(flatten)]
+        args: TableArgs,
+    }
+
+    fn facts(gpu: Option<u32>, name: &str) -> DeviceFacts {
+        DeviceFacts {
+            name: name.to_owned(),
+            target: "sm_90a".to_owned(),
+            gpu,
+            slots: 1,
+            kv_blocks: 1,
+            memory: MemoryNeed::default(),
+            available_bytes: None,
+        }
+    }
+
+    #[test]
+    fn flags_of_another_device_are_refused() {
+        let (cpu, gpu) = (facts(None, "cpu (2 threads)"), facts(Some(0), "cuda:0 (X)"));
+        for (flags, right, wrong) in [
+            (["--threads", "2"], &cpu, &gpu),
+            (["--reference", "gemm"], &cpu, &gpu),
+            (["--gpu", "H100"], &gpu, &cpu),
+        ] {
+            let args = TestArgs::parse_from(["table", "x.kiln"].iter().chain(&flags)).args;
+            args.check(right).unwrap();
+            let message = args.check(wrong).unwrap_err().to_string();
+            let flag = flags.join(" ");
+            let flag = flag.trim_end_matches(" 2").trim_end_matches(" H100");
+            assert_eq!(message, format!("{flag} is not for {}", wrong.name));
+        }
+    }
+
+    #[test]
+    fn a_gpu_has_its_own_bandwidth_and_the_rate_of_a_datasheet() {
+        let h200 = facts(Some(0), "cuda:0 (NVIDIA H200, sm_90a)");
+        let machine = gpu(&h200, Some(4100.0), None).unwrap();
+        assert_eq!(machine.datasheet.as_deref(), Some("H200"));
+        let ceilings = machine.ceilings;
+        assert_eq!(
+            (
+                ceilings.read_gb_per_s,
+                ceilings.float_gflop_per_s,
+                ceilings.integer_gop_per_s
+            ),
+            (4100.0, 989_000.0, None)
+        );
+        let named = gpu(&h200, Some(4100.0), Some("A100")).unwrap();
+        assert_eq!(named.ceilings.float_gflop_per_s, 312_000.0);
+        let message = gpu(&h200, None, None).unwrap_err().to_string();
+        assert!(
+            message.contains("bandwidth of cuda:0 (NVIDIA H200, sm_90a) cannot be measured"),
+            "{message}"
+        );
+        let unknown = facts(Some(0), "cuda:0 (NVIDIA X1, sm_90a)");
+        assert!(gpu(&unknown, Some(1.0), None).is_err());
+    }
 
     #[test]
     fn steps_that_are_not_explained_are_noted() {

@@ -83,6 +83,24 @@ pub enum TableError {
     /// The device, or the bundle for it.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A GPU whose datasheet is not known: the user can name one that is alike.
+    #[error(
+        "the datasheet of {device} is not known, and the rate of its operations is taken from there; name a GPU \
+         with the same rate by --gpu: {}",
+        known.join(", ")
+    )]
+    NoDatasheet {
+        /// Its name.
+        device: String,
+        /// GPUs that can be named.
+        known: Vec<&'static str>,
+    },
+    /// The device's.
+    #[error("the memory bandwidth of {device} cannot be measured; is there 1 GiB free on it?")]
+    NoBandwidth {
+        /// Its name.
+        device: String,
+    },
     /// The device's.
     #[error("{device} does not tell when its kernels ran")]
     NoKernelTimes {
@@ -116,7 +134,7 @@ pub enum TableError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A peer that is to be measured beside.
+    /// A peer that is to be measured beside: it is not there, or it failed.
     #[error("cannot measure {name}: {problem}")]
     Reference {
         /// Which.

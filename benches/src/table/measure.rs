@@ -3,7 +3,8 @@
 //! Steps go to the device as the engine sends them, so that weights pass through the caches as they do
 //! in use. Keys and values are those of a real prompt, and from step to step the tokens and the blocks
 //! of sequences change. Steps with a clock around their kernels take turns with steps without, and the
-//! latter say how long a step takes.
+//! latter say how long a step takes. A GPU has events for a clock, and runs kernels one after another
+//! where they are timed: what its kernels sum to is held against the step of the same turn without.
 
 use super::error::TableError;
 use super::kinds::{Kind, kinds};
@@ -72,7 +73,7 @@ fn measure_step(
     for _ in 0..WARM_UP {
         driver.step(plan, false)?;
     }
-    let (mut plain, mut remainders, mut kernels) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut plain, mut timed, mut kernels) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 0..2 * repeat {
         // With and without, without and with: neither always follows the other.
         let with_clock = matches!(turn % 4, 0 | 3);
@@ -83,14 +84,23 @@ fn measure_step(
                     device: driver.device.facts().name.clone(),
                 });
             }
-            let sum: Duration = output.kernel_times.iter().map(|kernel| kernel.length).sum();
-            remainders.push(microseconds(time.saturating_sub(sum)));
+            timed.push(microseconds(time));
             kernels.push(output.kernel_times);
         } else {
             plain.push(microseconds(time));
         }
         progress();
     }
+    // Where a clock changes how kernels run, the step that has one is of another kind.
+    let whole = match driver.device.times_in_passing() {
+        true => &timed,
+        false => &plain,
+    };
+    let of_turn = |(step, kernels): (&f64, &Vec<KernelTime>)| {
+        let sum: Duration = kernels.iter().map(|kernel| kernel.length).sum();
+        step - microseconds(sum)
+    };
+    let remainders = whole.iter().zip(&kernels).map(of_turn).collect();
     let kinds = kinds(target, program, plan, |_| ());
     let time = Times::of(plain);
     let row = |kind: &Kind| row(kind, &kernels, time.median_us);
@@ -281,4 +291,152 @@ pub(crate) fn arbitrary_id(salt: usize, position: usize) -> u32 {
 
 fn microseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_bundle::{
+        Bounds, Buffer, BufferId, DType, KernelSpec, Program, RowKind, WeightFormat,
+        packing::Layout,
+    };
+    use kiln_runtime::device::{DeviceError, DeviceFacts, MemoryNeed, StepId};
+    use std::thread::sleep;
+
+    /// A plain step takes at least so long, and one whose kernel is timed.
+    const STEP: Duration = Duration::from_millis(1);
+    const TIMED_STEP: Duration = Duration::from_millis(50);
+    /// What the device says of its kernel: more than any step takes on a machine that is busy.
+    const KERNEL: Duration = Duration::from_secs(100);
+
+    struct FakeGpu {
+        facts: DeviceFacts,
+        executables: Vec<Executable>,
+        in_passing: bool,
+        timed: bool,
+    }
+
+    impl Device for FakeGpu {
+        fn facts(&self) -> &DeviceFacts {
+            &self.facts
+        }
+
+        fn executables(&self) -> &[Executable] {
+            &self.executables
+        }
+
+        fn pipeline_depth(&self) -> usize {
+            1
+        }
+
+        fn times_in_passing(&self) -> bool {
+            self.in_passing
+        }
+
+        fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
+            self.timed = step.observe.kernel_times;
+            Ok(StepId(0))
+        }
+
+        fn collect(&mut self, _: StepId) -> Result<StepOutput, DeviceError> {
+            sleep(if self.timed { TIMED_STEP } else { STEP });
+            let time = KernelTime {
+                start: Duration::ZERO,
+                length: KERNEL,
+            };
+            Ok(StepOutput {
+                kernel_times: vec![time; usize::from(self.timed)],
+                ..StepOutput::default()
+            })
+        }
+    }
+
+    /// One kernel, which chooses tokens.
+    fn target() -> Target {
+        let logits = Buffer {
+            rows: RowKind::Logits,
+            width: 8,
+            dtype: DType::F32,
+        };
+        let bounds = Bounds {
+            max_tokens: 1,
+            max_sequences: 1,
+            max_kv_len: 16,
+            max_logit_rows: 1,
+        };
+        Target {
+            name: "sm_90a".to_owned(),
+            weights: WeightFormat::F16,
+            exceptions: Default::default(),
+            tables: DType::F16,
+            dtype: DType::F16,
+            layout: Layout::Tiles,
+            weights_file: String::new(),
+            programs: vec![Program {
+                name: "decode".to_owned(),
+                buffers: vec![logits],
+                kernels: vec![KernelSpec::Sample {
+                    logits: BufferId(0),
+                }],
+                logits: BufferId(0),
+                hidden_states: Vec::new(),
+            }],
+            executables: vec![Executable {
+                name: "decode-b1-kv16".to_owned(),
+                phase: Phase::Decode,
+                program: 0,
+                bounds,
+                arena_bytes: 32,
+                offsets_bytes: vec![0],
+                launches: Vec::new(),
+                workspace_bytes: 0,
+                counters: 0,
+            }],
+            images: Vec::new(),
+            copy_blocks: None,
+        }
+    }
+
+    fn measured(in_passing: bool) -> StepTable {
+        let target = target();
+        let mut device = FakeGpu {
+            facts: DeviceFacts {
+                name: "fake".to_owned(),
+                target: target.name.clone(),
+                gpu: Some(0),
+                slots: 1,
+                kv_blocks: 2,
+                memory: MemoryNeed::default(),
+                available_bytes: None,
+            },
+            executables: target.executables.clone(),
+            in_passing,
+            timed: false,
+        };
+        let plan = StepPlan {
+            executable: 0,
+            sequences: 1,
+            new_tokens: 1,
+            kv_len: 9,
+        };
+        let steps = measure(&mut device, &target, &[plan], 3, &|| ()).unwrap();
+        steps[0].step.clone()
+    }
+
+    #[test]
+    fn kernels_that_are_timed_apart_are_held_against_plain_steps() {
+        let step = measured(false);
+        assert_eq!(step.rows[0].time.median_us, 1e8);
+        let remainder = step.time.median_us - 1e8;
+        assert!(
+            remainder < 0.0 && (step.remainder_us - remainder).abs() < 1e-3,
+            "{step:?}"
+        );
+    }
+
+    #[test]
+    fn kernels_that_are_timed_in_passing_are_held_against_their_own_steps() {
+        let step = measured(true);
+        assert!(step.remainder_us + 1e8 >= 50_000.0, "{step:?}");
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! Times are in microseconds, sizes in bytes, rates in GB/s (10^9 bytes a second) and GFLOP/s.
 
+pub(crate) mod cublaslt;
 mod error;
 pub(crate) mod kinds;
 pub(crate) mod measure;
@@ -18,6 +19,8 @@ use std::{fs::File, io, io::Read, path::Path};
 
 /// Version of the file; a reader refuses any other.
 pub const TABLE_VERSION: u32 = 1;
+/// The target of a processor.
+pub(crate) const CPU: &str = "cpu";
 /// Most bytes of a file that is read.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Most samples of one thing.
@@ -164,6 +167,9 @@ pub struct Machine {
     /// The build of kiln that made it, [`profile`]; empty where an older one did not say.
     #[serde(default)]
     pub profile: String,
+    /// The GPU whose datasheet has the rate of operations, where the bandwidth alone was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datasheet: Option<String>,
     /// Measured in the same run, or the datasheet's of a prediction.
     pub ceilings: Ceilings,
 }
@@ -171,7 +177,7 @@ pub struct Machine {
 /// What a machine can do at most.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
-    /// Bandwidth of reading memory.
+    /// Bandwidth of reading memory; of copying it, reads and writes together, where a GPU's was measured.
     pub read_gb_per_s: f64,
     /// Multiplications and additions of floating-point kernels: f32 on a CPU, tensor cores on a GPU.
     pub float_gflop_per_s: f64,
@@ -205,7 +211,7 @@ pub(crate) fn profile() -> &'static str {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// A clock around each kernel of real steps.
+    /// A clock around each kernel of real steps; on a GPU, events.
     Measured,
     /// From bytes, operations and a datasheet: no measurement.
     Predicted,
@@ -226,6 +232,13 @@ pub struct ModelTable {
     pub source: Source,
     /// One for each step that was timed.
     pub steps: Vec<StepTable>,
+}
+
+impl ModelTable {
+    /// Whether kernels were timed one after another, which overlap in the steps that they are of.
+    pub fn is_timed_apart(&self) -> bool {
+        self.source == Source::Measured && self.target != CPU
+    }
 }
 
 /// A step of an executable.
@@ -249,8 +262,10 @@ pub struct StepTable {
     pub time: Times,
     /// Sum over rows of floors.
     pub floor_us: f64,
-    /// What a step takes beyond the sum of its kernels: launch gaps, barriers, the host. Measured, the
-    /// median over the steps with a clock around kernels.
+    /// What a step takes beyond the sum of its kernels: launch gaps, barriers, the host. Measured on a CPU,
+    /// the median over the steps with a clock around kernels. A GPU runs kernels one after another to time
+    /// them, and overlaps them otherwise: there it is the median of what steps without events take beyond
+    /// the kernels of those with, and may be negative.
     pub remainder_us: f64,
 }
 
@@ -285,7 +300,7 @@ impl StepTable {
         if !is_positive(self.time.median_us) {
             return Err("the step takes no time".to_owned());
         }
-        if !is_amount(self.floor_us) || !is_amount(self.remainder_us) {
+        if !is_amount(self.floor_us) || !is_amount(self.remainder_us.abs()) {
             return Err("the step's floor or remainder is no time".to_owned());
         }
         if self.rows.is_empty() {
@@ -491,7 +506,10 @@ mod tests {
 
     #[test]
     fn a_table_is_read_as_it_was_written() {
-        for table in [crate::testing::table(1), crate::testing::predicted_table()] {
+        use crate::testing::{predicted_table, table, table_of_a_gpu};
+        // Kernels of the last sum to more than their steps.
+        assert!(table_of_a_gpu().models[0].steps[0].remainder_us < 0.0);
+        for table in [table(1), predicted_table(), table_of_a_gpu()] {
             let text = serde_json::to_string(&table).unwrap();
             let read = Table::parse(&text).unwrap();
             // The last bit of a number may differ.
@@ -539,6 +557,7 @@ mod tests {
                 "takes no time",
             ),
             (step(|step| step.tokens = 0), "does not exist"),
+            (step(|step| step.remainder_us = -1e30), "no time"),
             (
                 problem(|t| t.machine.ceilings.read_gb_per_s = 0.0),
                 "ceiling",

@@ -34,6 +34,32 @@ pub fn gpu_for(target: &Target, named: Option<&str>) -> Result<Gpu, TableError> 
     })
 }
 
+/// The GPU whose datasheet is that of a device: the one named, else the one that the driver's name is of.
+///
+/// # Errors
+/// [`TableError::NoDatasheet`].
+pub fn datasheet_of(device: &str, named: Option<&str>) -> Result<Gpu, TableError> {
+    /// Behind the name of a GPU these make another of it, with other rates.
+    const VARIANTS: [&str; 6] = ["PCIe", "NVL", "Ti", "SUPER", "Laptop", "D"];
+    let words = device.split(|c: char| !c.is_ascii_alphanumeric());
+    let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
+    let is_in = |list: &[&str], word: &str| list.iter().any(|has| has.eq_ignore_ascii_case(word));
+    // `RTX 4090` is RTX4090 here.
+    let pairs: Vec<String> = words.windows(2).map(<[&str]>::concat).collect();
+    let pairs: Vec<&str> = pairs.iter().map(String::as_str).collect();
+    let is_variant = words.iter().any(|word| is_in(&VARIANTS, word));
+    let found = match named {
+        Some(name) => Gpu::named(name),
+        None => GPUS
+            .into_iter()
+            .find(|gpu| !is_variant && (is_in(&words, gpu.name) || is_in(&pairs, gpu.name))),
+    };
+    found.ok_or_else(|| TableError::NoDatasheet {
+        device: device.to_owned(),
+        known: GPUS.iter().map(|gpu| gpu.name).collect(),
+    })
+}
+
 /// What the datasheet says.
 pub fn ceilings(gpu: &Gpu) -> Ceilings {
     Ceilings {
@@ -272,6 +298,37 @@ fn count(disassembly: &str) -> Vec<(String, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn datasheets_are_found_by_the_drivers_names() {
+        let found = |device: &str, named| datasheet_of(device, named).map(|gpu| gpu.name);
+        for (device, expect) in [
+            ("cuda:0 (NVIDIA H200, sm_90a)", "H200"),
+            ("cuda:1 (NVIDIA H100 80GB HBM3, sm_90a)", "H100"),
+            ("cuda:0 (NVIDIA A100-SXM4-80GB, sm_80)", "A100"),
+            ("cuda:0 (NVIDIA L40S, sm_89)", "L40S"),
+            ("cuda:0 (NVIDIA L4, sm_89)", "L4"),
+            ("cuda:0 (NVIDIA GeForce RTX 4090, sm_89)", "RTX4090"),
+        ] {
+            assert_eq!(found(device, None).unwrap(), expect);
+        }
+        for device in [
+            "NVIDIA H100 PCIe",
+            "NVIDIA H100 NVL",
+            "NVIDIA A100-PCIE-40GB",
+            "NVIDIA GeForce RTX 3090 Ti",
+            "NVIDIA GeForce RTX 4090 Laptop GPU",
+            "NVIDIA L40",
+        ] {
+            let message = found(device, None).unwrap_err().to_string();
+            assert!(
+                message.contains(device) && message.contains("--gpu: A100, A40"),
+                "{message}"
+            );
+            assert_eq!(found(device, Some("h100")).unwrap(), "H100");
+        }
+        assert!(found("cuda:0 (NVIDIA H200, sm_90a)", Some("H300")).is_err());
+    }
 
     #[test]
     fn instructions_are_counted_by_kind() {

@@ -1,4 +1,4 @@
-//! The same products by other programs, on the same threads: the `gemm` crate, and PyTorch.
+//! The same products by other programs, on the same threads or the same GPU: the `gemm` crate, and PyTorch.
 
 use super::error::TableError;
 use super::kinds::Shape;
@@ -14,8 +14,9 @@ use std::time::Instant;
 
 /// Weights go round in copies of at least so many bytes in all, far more than caches hold. A larger matrix
 /// needs no second copy.
-const ROTATED_BYTES: usize = 256 << 20;
-const WARM_UP: usize = 2;
+pub const ROTATED_BYTES: usize = 256 << 20;
+/// Products of a shape before those that count.
+pub const WARM_UP: usize = 2;
 
 /// What each shape takes with others, by shape.
 pub type References = HashMap<Shape, Vec<Reference>>;
@@ -99,14 +100,27 @@ struct Answer {
     us: Vec<f64>,
 }
 
-/// Measures all shapes with PyTorch, in f32 and bf16. `python` is an interpreter that has it.
+/// Where PyTorch computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On so many threads.
+    Cpu {
+        /// How many.
+        threads: usize,
+    },
+    /// On the GPU of this number.
+    Gpu(u32),
+}
+
+/// Measures all shapes with PyTorch: in f32 and bf16 on a CPU, in f16 and bf16 on a GPU. `python` is an
+/// interpreter that has it.
 ///
 /// # Errors
 /// [`TableError::Reference`] with what Python said.
 pub fn torch(
     python: &Path,
     shapes: &[Shape],
-    threads: usize,
+    place: Place,
     repeat: usize,
     found: &mut References,
 ) -> Result<(), TableError> {
@@ -114,7 +128,13 @@ pub fn torch(
         name: "torch",
         problem,
     };
+    let (device, threads) = match place {
+        Place::Cpu { threads } => ("cpu".to_owned(), threads),
+        // The host only enqueues.
+        Place::Gpu(gpu) => (format!("cuda:{gpu}"), 1),
+    };
     let request = serde_json::json!({
+        "device": device,
         "threads": threads,
         "repeat": repeat,
         "warm_up": WARM_UP,
@@ -158,4 +178,91 @@ pub fn torch(
         found.entry(*shape).or_default().extend(references);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    const SHAPES: [Shape; 2] = [
+        Shape::Linear {
+            rows: 1,
+            n: 64,
+            k: 32,
+        },
+        Shape::Attention {
+            sequences: 1,
+            queries: 1,
+            positions: 9,
+            heads: 2,
+            head_dim: 16,
+        },
+    ];
+
+    /// What is asked of a Python that answers so, and what is made of its answer.
+    fn asked(place: Place, script: &str) -> (serde_json::Value, Result<References, TableError>) {
+        let dir = tempfile::tempdir().unwrap();
+        let python = dir.path().join("python");
+        let request = dir.path().join("request.json");
+        let script = format!("#!/bin/sh\ncat > '{}'\n{script}\n", request.display());
+        fs::write(&python, script).unwrap();
+        fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut found = References::new();
+        let result = torch(&python, &SHAPES, place, 2, &mut found);
+        let request = fs::read_to_string(request).unwrap();
+        (
+            serde_json::from_str(&request).unwrap(),
+            result.map(|()| found),
+        )
+    }
+
+    #[test]
+    fn a_gpu_is_asked_for_and_its_formats_are_kept() {
+        let answer =
+            r#"echo '[[{"format":"f16","us":[4.0,2.0]},{"format":"bf16","us":[5,5]}],[]]'"#;
+        let (request, found) = asked(Place::Gpu(3), answer);
+        assert_eq!(request["device"], "cuda:3");
+        assert_eq!(request["shapes"][1]["positions"], 9);
+        let found = found.unwrap();
+        let linear = &found[&SHAPES[0]];
+        let formats: Vec<&str> = linear.iter().map(|has| has.format.as_str()).collect();
+        assert_eq!(formats, ["f16", "bf16"]);
+        assert_eq!(
+            (linear[0].time.median_us, linear[0].name.as_str()),
+            (3.0, "torch")
+        );
+        assert!(found[&SHAPES[1]].is_empty());
+
+        let (request, _) = asked(Place::Cpu { threads: 7 }, answer);
+        assert_eq!(
+            (&request["device"], &request["threads"]),
+            (&"cpu".into(), &7.into())
+        );
+    }
+
+    #[test]
+    fn answers_that_are_not_sound_are_refused() {
+        let not_sound = "needed are 2 times for each of 2 shapes";
+        for (script, expect) in [
+            ("echo noise", "its answer is not sound"),
+            ("echo '[[]]'", not_sound),
+            (r#"echo '[[{"format":"f16","us":[1.0]}],[]]'"#, not_sound),
+            (
+                r#"echo '[[{"format":"f16","us":[1.0,-1.0]}],[]]'"#,
+                not_sound,
+            ),
+            (
+                "echo 'Torch has no CUDA' >&2; exit 1",
+                "python: Torch has no CUDA",
+            ),
+        ] {
+            let message = asked(Place::Gpu(0), script).1.unwrap_err().to_string();
+            assert!(
+                message.starts_with("cannot measure torch: ") && message.contains(expect),
+                "{message}"
+            );
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! A table as text.
 
-use crate::table::{KernelResources, ModelTable, Row, Source, StepTable, Table};
+use crate::table::{Ceilings, KernelResources, ModelTable, Row, Source, StepTable, Table};
 use comfy_table::{CellAlignment, Table as Text, presets};
 use std::fmt::{Display, Write};
 
@@ -16,23 +16,29 @@ const TEXTS: usize = 3;
 pub fn text(table: &Table) -> String {
     let mut text = String::new();
     let machine = &table.machine;
-    let _ = write!(
-        text,
-        "{}: {:.1} GB/s, {:.0} GFLOP/s",
-        machine.device, machine.ceilings.read_gb_per_s, machine.ceilings.float_gflop_per_s
-    );
-    if let Some(rate) = machine.ceilings.integer_gop_per_s {
-        let _ = write!(text, ", {rate:.0} GOP/s of integers");
-    }
+    let Ceilings {
+        read_gb_per_s,
+        float_gflop_per_s,
+        integer_gop_per_s,
+    } = machine.ceilings;
     let measured = |model: &ModelTable| model.source == Source::Measured;
-    let _ = writeln!(
-        text,
-        "; {}",
-        match table.models.iter().any(measured) {
-            true => "measured in this run",
-            false => "of the datasheet",
+    let source = match table.models.iter().any(measured) {
+        true => "measured in this run",
+        false => "of the datasheet",
+    };
+    let _ = write!(text, "{}: {read_gb_per_s:.1} GB/s", machine.device);
+    if let Some(gpu) = &machine.datasheet {
+        let _ = writeln!(
+            text,
+            " of copying, {source}; {float_gflop_per_s:.0} GFLOP/s of the datasheet of {gpu}"
+        );
+    } else {
+        let _ = write!(text, ", {float_gflop_per_s:.0} GFLOP/s");
+        if let Some(rate) = integer_gop_per_s {
+            let _ = write!(text, ", {rate:.0} GOP/s of integers");
         }
-    );
+        let _ = writeln!(text, "; {source}");
+    }
     for model in &table.models {
         for step in &model.steps {
             let _ = writeln!(text, "\n{}", step_text(model, step));
@@ -41,6 +47,11 @@ pub fn text(table: &Table) -> String {
     if table.models.iter().any(measured) {
         text += "\nlimit: the time that bytes or operations need at the rates above, over the time taken. \
                  What a cache holds can be faster.\n";
+    }
+    if table.models.iter().any(ModelTable::is_timed_apart) {
+        text += "kernels of a GPU: timed by events between the launches of a graph, one after another, each with \
+                 its launches. The step was timed without events; where its kernels overlap, the remainder is \
+                 that much less, and may be negative.\n";
     }
     text
 }
@@ -60,7 +71,7 @@ fn step_text(model: &ModelTable, step: &StepTable) -> String {
         step.kv_len
     );
     text += &match model.source {
-        Source::Measured => measured(step),
+        Source::Measured => measured(step, model.is_timed_apart()),
         Source::Predicted => {
             "PREDICTED from bytes, operations and a datasheet; nothing was measured\n".to_owned()
                 + &predicted(step)
@@ -69,7 +80,7 @@ fn step_text(model: &ModelTable, step: &StepTable) -> String {
     text
 }
 
-fn measured(step: &StepTable) -> String {
+fn measured(step: &StepTable, apart: bool) -> String {
     let mut references: Vec<(String, String)> = Vec::new();
     for reference in step.rows.iter().flat_map(|row| &row.references) {
         let key = (reference.name.clone(), reference.format.clone());
@@ -136,16 +147,24 @@ fn measured(step: &StepTable) -> String {
             percent(kernels_us / step.time.median_us),
         ],
     ));
+    let remainder = format!(
+        "remainder {:.1} ({})",
+        step.remainder_us,
+        percent(step.remainder_us / step.time.median_us)
+    );
+    let sum = match apart {
+        true => format!("kernels one after another {kernels_us:.1}, {remainder}"),
+        false => format!(
+            "kernels {kernels_us:.1} + {remainder} explain {} of it",
+            percent(step.explained())
+        ),
+    };
     let mut text = format!(
-        "{}\nstep {:.1} us (min {:.1}, p95 {:.1}); kernels {kernels_us:.1} + remainder {:.1} ({}) explain {} of \
-         it; sum of floors {:.1} us ({} of the step)\n",
+        "{}\nstep {:.1} us (min {:.1}, p95 {:.1}); {sum}; sum of floors {:.1} us ({} of the step)\n",
         table.trim_fmt(),
         step.time.median_us,
         step.time.min_us,
         step.time.p95_us,
-        step.remainder_us,
-        percent(step.remainder_us / step.time.median_us),
-        percent(step.explained()),
         step.floor_us,
         percent(step.floor_us / step.time.median_us),
     );
@@ -286,4 +305,46 @@ pub(crate) fn figures(header: &[impl Display], names: usize) -> Text {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{predicted_table, table, table_of_a_gpu};
+
+    #[test]
+    fn a_negative_remainder_is_shown_and_explained() {
+        let shown = text(&table_of_a_gpu());
+        let first = shown.lines().next().unwrap();
+        assert_eq!(
+            first,
+            "cuda:0 (NVIDIA H200, sm_90a): 4800.0 GB/s of copying, measured in this run; 989000 GFLOP/s of the \
+             datasheet of H200"
+        );
+        let step = &table_of_a_gpu().models[0].steps[0];
+        let (kernels, remainder) = (step.kernels_us(), step.remainder_us);
+        assert!(remainder < 0.0);
+        let expect = format!("kernels one after another {kernels:.1}, remainder {remainder:.1} (-");
+        assert!(shown.contains(&expect), "{expect} in {shown}");
+        assert!(
+            shown.contains("timed by events") && !shown.contains("explain"),
+            "{shown}"
+        );
+    }
+
+    #[test]
+    fn other_tables_say_nothing_of_events() {
+        let cpu = text(&table(1));
+        let first = cpu.lines().next().unwrap();
+        assert!(
+            first
+                .ends_with(": 40.0 GB/s, 220 GFLOP/s, 640 GOP/s of integers; measured in this run"),
+            "{first}"
+        );
+        assert!(cpu.contains("explain") && !cpu.contains("events"), "{cpu}");
+        let predicted = text(&predicted_table());
+        let first = predicted.lines().next().unwrap();
+        assert_eq!(first, "H200: 4800.0 GB/s, 989000 GFLOP/s; of the datasheet");
+        assert!(!predicted.contains("events"), "{predicted}");
+    }
 }

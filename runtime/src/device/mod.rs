@@ -59,8 +59,14 @@ pub trait Device: Send {
     /// A failure of the device, or an id that is not the oldest one in flight.
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError>;
 
+    /// Whether a step whose kernels are timed runs as any other, so that a run may be recorded with them.
+    fn times_in_passing(&self) -> bool {
+        false
+    }
+
     /// Measures how fast the device's memory is, in GB/s (10^9 bytes a second): the yardstick of
-    /// everything that is bound by it. None where it cannot be measured.
+    /// everything that is bound by it. A CPU reads, a GPU copies, and bytes read and bytes written
+    /// count. None where it cannot be measured.
     fn read_bandwidth(&mut self) -> Option<f64> {
         None
     }
@@ -73,6 +79,8 @@ pub struct DeviceFacts {
     pub name: String,
     /// Name of the bundle's target that it runs.
     pub target: String,
+    /// The GPU's number, as the driver counts; none of a CPU.
+    pub gpu: Option<u32>,
     /// Sequences that may hold a slot at a time.
     pub slots: u32,
     /// Blocks of the KV cache.
@@ -133,7 +141,8 @@ pub struct Observe {
     pub logits: bool,
     /// Every row of the L+1 hidden states.
     pub hidden_states: bool,
-    /// How long each kernel takes, where the device can tell.
+    /// How long each kernel takes, where the device can tell. Unless it tells so in passing
+    /// ([`Device::times_in_passing`]), kernels then run one after another, and the step is waited for.
     pub kernel_times: bool,
 }
 
@@ -355,7 +364,8 @@ pub struct StepOutput {
     pub kernel_times: Vec<KernelTime>,
 }
 
-/// When a kernel ran.
+/// When a kernel ran. On a GPU it is from one event to the next, so that its launches are part of it,
+/// and no other kernel hides them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KernelTime {
     /// From the beginning of the step on the device.

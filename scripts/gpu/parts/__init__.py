@@ -19,4 +19,5 @@ PARTS = {
     "invariance": Part(600, 90),
     "decode": Part(3600, 190),
     "prefill": Part(3600, 130),
+    "kernels": Part(1800, 60),
 }

@@ -60,6 +60,7 @@ class Context:
     bin: str
     root: str
     scratch: str
+    results: str
     device: str = "cuda:0"
     quick: bool = False
     models: list | None = None
@@ -139,10 +140,10 @@ class Context:
         return json.loads(self.kiln("bench", bundle, "--json", *arguments))
 
 
-def run(command):
+def run(command, environment=None):
     """Standard output of a program that must succeed."""
     command = [str(word) for word in command]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-3:]
         raise Failed(f"{' '.join(map(short, command))} ended with status {done.returncode}: {' / '.join(last)}")

@@ -5,9 +5,10 @@
 use kiln_bundle::{Bundle, DType, Executable};
 use kiln_compiler::{TargetChoice, cuda::CudaTarget};
 use kiln_models::ModelConfig;
+use kiln_runtime::Draw;
 use kiln_runtime::device::{
-    CpuDevice, CpuOptions, CudaDevice, CudaOptions, Device, DeviceError, DeviceFacts, Step, StepId,
-    StepOutput, cuda::KernelImage,
+    CpuDevice, CpuOptions, CudaDevice, CudaOptions, Device, DeviceError, DeviceFacts, LogitRows,
+    SequenceStep, Step, StepId, StepOutput, Tokens, cuda::KernelImage,
 };
 use kiln_tests::{
     conformance::{
@@ -20,6 +21,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::Duration,
 };
 use tempfile::TempDir;
 
@@ -295,6 +297,44 @@ fn a_crowd_gets_what_the_cpu_gives() {
     let mut device = compiled.emulated(1, None);
     let outcomes = crowd(&mut compiled.cpu(), device.as_mut(), &bundle, DType::F16);
     all_pass(&outcomes.unwrap()).unwrap();
+}
+
+/// No kernel is without a launch, and a step gives the same with events around them.
+#[test]
+fn every_kernel_has_a_time() {
+    let compiled = Compiled::new(&norms_before());
+    let bundle = compiled.bundle();
+    let mut targets = bundle.manifest().targets.iter();
+    let target = targets.find(|target| target.name == TARGET).unwrap();
+    let mut device = compiled.emulated(0, None);
+    for (index, executable) in target.executables.iter().enumerate() {
+        let mut step = Step::default();
+        step.executable = index;
+        step.push(&SequenceStep {
+            slot: 0,
+            tokens: Tokens::Ids(&[5]),
+            past_len: 0,
+            block_table: &[0],
+            logit_rows: LogitRows::Last,
+            draw: Some(Draw::GREEDY),
+        });
+        let [plain, timed] = [false, true].map(|kernel_times| {
+            step.observe.kernel_times = kernel_times;
+            let id = device.submit(&step).unwrap();
+            device.collect(id).unwrap()
+        });
+        assert!(plain.kernel_times.is_empty() && plain.tokens == timed.tokens);
+        let program = &target.programs[executable.program as usize];
+        assert_eq!(timed.kernel_times.len(), program.kernels.len());
+        let mut end = Duration::ZERO;
+        for time in timed.kernel_times {
+            assert!(
+                time.start == end && time.length > Duration::ZERO,
+                "{time:?}"
+            );
+            end += time.length;
+        }
+    }
 }
 
 /// Within a sanitized process: the suite under fences.

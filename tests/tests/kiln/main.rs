@@ -16,6 +16,7 @@ mod generation;
 mod gptq;
 mod hostile_bundles;
 mod interactive;
+mod mock_gpu;
 mod perf_table;
 mod programs;
 mod quantised;

@@ -267,7 +267,13 @@ fn what_cannot_be_measured_is_refused() {
         2,
         "it must be auto, cpu, cuda or cuda:N",
     );
-    refused(&["--gpu", "H100"], 2, "--target");
+    refused(&["--gpu", "H100"], 1, "--gpu is not for cpu (");
+    refused(
+        &["--reference", "cublaslt"],
+        1,
+        "--reference cublaslt is not for cpu (",
+    );
+    refused(&["--reference", "blas"], 2, "cublaslt");
     refused(
         &["--executable", "decode-b9"],
         1,

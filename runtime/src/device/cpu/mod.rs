@@ -121,6 +121,7 @@ impl CpuDevice {
             facts: DeviceFacts {
                 name,
                 target: TARGET.to_owned(),
+                gpu: None,
                 slots,
                 kv_blocks,
                 memory,
@@ -189,6 +190,10 @@ impl Device for CpuDevice {
                 "{id:?} is not the oldest step in flight"
             ))),
         }
+    }
+
+    fn times_in_passing(&self) -> bool {
+        true
     }
 
     /// Of reading alone, with the threads and vectors of the kernels.

@@ -4,6 +4,7 @@
 //! CUDA sources for the host. Everything above this trait is the same for both.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Address in the memory of the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -137,6 +138,21 @@ pub trait Driver: Send {
     /// # Errors
     /// As [`Driver::upload`].
     fn record(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError>;
+
+    /// Records a chain with an event before its first launch and one behind each. Here launches come
+    /// one after another even where [`Driver::record`] lets them overlap: a launch can be told not to
+    /// wait for the end of a kernel, but not of an event.
+    ///
+    /// # Errors
+    /// As [`Driver::upload`].
+    fn record_timed(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError>;
+
+    /// Of each launch of a chain recorded with events, the time from the event before it to the one
+    /// behind it, when it was replayed last. Waits for all that was enqueued.
+    ///
+    /// # Errors
+    /// As [`Driver::upload`].
+    fn launch_times(&mut self, graph: GraphHandle) -> Result<Vec<Duration>, DriverError>;
 
     /// Enqueues a recorded chain.
     ///

@@ -95,6 +95,8 @@ struct Chain {
     launches: Vec<BoundLaunch>,
     /// Recorded when it runs first.
     graph: Option<GraphHandle>,
+    /// The same with events, recorded when its kernels are first timed.
+    timed_graph: Option<GraphHandle>,
 }
 
 struct InFlight {
@@ -254,6 +256,7 @@ impl<D: Driver> CudaDevice<D> {
                 layout,
                 launches,
                 graph: None,
+                timed_graph: None,
             })
         };
         let chains: Result<Vec<Chain>, DeviceError> =
@@ -263,6 +266,7 @@ impl<D: Driver> CudaDevice<D> {
             facts: DeviceFacts {
                 name,
                 target: target.name.clone(),
+                gpu: Some(options.ordinal),
                 slots,
                 kv_blocks,
                 memory,
@@ -478,7 +482,8 @@ impl<D: Driver> Device for CudaDevice<D> {
             .sequences()
             .filter_map(|sequence| sequence.draw)
             .any(|draw| !is_made_by_kernel(&draw, self.model.vocab_size));
-        let result = if !step.observe.is_any() && !by_host {
+        let waits = step.observe.is_any() || step.observe.kernel_times || by_host;
+        let result = if !waits {
             self.run(index)?;
             let bytes = self.chosen_bytes(&draws);
             let ticket = self.driver.download(self.addresses.chosen, bytes);

@@ -1,12 +1,17 @@
-//! What a step lets the host see besides its tokens: logits and hidden states.
+//! What a step lets the host see besides its tokens: logits, hidden states, and times of kernels.
 //!
 //! Where hidden states are to be seen, launches run one by one, since buffers share memory and a hidden
 //! state is gone when a later kernel has run. The host applies the norms that are still to be applied.
 //! Logits are there until the next step.
+//!
+//! Kernels are timed by events between the launches of a graph that is recorded for this alone: launches
+//! with an event between them do not overlap, which those of other steps may. A step that shows its hidden
+//! states tells no times.
 
-use super::{CudaDevice, Driver};
-use crate::device::{DeviceError, Observe, StepOutput};
-use kiln_bundle::{BufferId, DType, Executable, Norm, StepCounts, Tap, WeightFile};
+use super::{CudaDevice, Driver, DriverError};
+use crate::device::{DeviceError, KernelTime, Observe, StepOutput};
+use kiln_bundle::{BufferId, DType, Executable, Launch, Norm, StepCounts, Tap, WeightFile};
+use std::time::Duration;
 
 /// Rows are fetched in pieces of this size, which bounds the pinned memory that they take.
 const FETCH_BYTES: usize = 8 << 20;
@@ -22,9 +27,12 @@ impl<D: Driver> CudaDevice<D> {
         draws: &[u32],
     ) -> Result<StepOutput, DeviceError> {
         let mut output = StepOutput::default();
-        match observe.hidden_states {
-            true => output.hidden_states = self.run_tapped(index, counts)?,
-            false => self.run(index)?,
+        if observe.hidden_states {
+            output.hidden_states = self.run_tapped(index, counts)?;
+        } else if observe.kernel_times {
+            output.kernel_times = self.run_timed(index)?;
+        } else {
+            self.run(index)?;
         }
         if observe.logits {
             let program = self.target.executables[index].program as usize;
@@ -43,6 +51,31 @@ impl<D: Driver> CudaDevice<D> {
             continuations,
             ..output
         })
+    }
+
+    /// Runs an executable's kernels with events around its launches, and waits for them.
+    fn run_timed(&mut self, index: usize) -> Result<Vec<KernelTime>, DeviceError> {
+        let times = self.time_launches(index);
+        let times = times.map_err(|error| self.at(index, "its kernel times", error))?;
+        let executable = &self.target.executables[index];
+        let program = &self.target.programs[executable.program as usize];
+        Ok(kernel_times(
+            program.kernels.len(),
+            &executable.launches,
+            &times,
+        ))
+    }
+
+    fn time_launches(&mut self, index: usize) -> Result<Vec<Duration>, DriverError> {
+        let chain = &mut self.chains[index];
+        let graph = match chain.timed_graph {
+            Some(graph) => graph,
+            None => *chain
+                .timed_graph
+                .insert(self.driver.record_timed(&chain.launches)?),
+        };
+        self.driver.replay(graph)?;
+        self.driver.launch_times(graph)
     }
 
     /// Launches an executable's kernels and fetches its hidden states between them, (L+1, T, C).
@@ -111,7 +144,7 @@ impl<D: Driver> CudaDevice<D> {
         &mut self,
         from: super::DeviceAddress,
         bytes: usize,
-    ) -> Result<Vec<u8>, super::DriverError> {
+    ) -> Result<Vec<u8>, DriverError> {
         let mut fetched = Vec::with_capacity(bytes);
         while fetched.len() < bytes {
             let piece = FETCH_BYTES.min(bytes - fetched.len());
@@ -132,6 +165,25 @@ impl<D: Driver> CudaDevice<D> {
         })
         .transpose()
     }
+}
+
+/// Of each kernel of a program, its launches together; none of its own is no time. A manifest has
+/// launches in the order of their kernels.
+fn kernel_times(kernels: usize, launches: &[Launch], times: &[Duration]) -> Vec<KernelTime> {
+    let mut launched = launches.iter().zip(times).peekable();
+    let mut now = Duration::ZERO;
+    let time = |kernel: usize| {
+        let start = now;
+        while let Some((_, time)) = launched.next_if(|(launch, _)| launch.kernel as usize == kernel)
+        {
+            now += *time;
+        }
+        KernelTime {
+            start,
+            length: now - start,
+        }
+    };
+    (0..kernels).map(time).collect()
 }
 
 fn vector<'a>(weights: &'a WeightFile, name: &str) -> Option<&'a [f32]> {

@@ -353,6 +353,72 @@ fn without_graphs_each_kernel_is_launched() {
     assert_eq!(device.collect(id).unwrap().tokens, [Some(5)]);
 }
 
+/// Embedding, two layers of which attention alone has launches, the head, and no kernel that samples.
+#[test]
+fn kernels_are_timed_by_a_graph_of_its_own() {
+    let rig = Rig::new(100 * MIB);
+    let mut device = rig.device();
+    assert!(!device.times_in_passing());
+    rig.driver.calls();
+    let mut step = Step::default();
+    step.push(&sequence(0, Tokens::Ids(&[4]), &[0]));
+    let mut run = |kernel_times| {
+        step.observe.kernel_times = kernel_times;
+        let id = device.submit(&step).unwrap();
+        let output = device.collect(id).unwrap();
+        assert_eq!(output.tokens, [Some(5)]);
+        let calls = rig.driver.calls().into_iter();
+        let aside =
+            |call: &Call| !matches!(call, Call::Upload(..) | Call::Download(..) | Call::Wait(_));
+        (output.kernel_times, calls.filter(aside).collect::<Vec<_>>())
+    };
+    let (times, calls) = run(false);
+    assert_eq!(times, []);
+    assert_eq!(calls, [Call::Record(6), Call::Replay(0)]);
+    let (times, calls) = run(true);
+    assert_eq!(
+        calls,
+        [Call::RecordTimed(6), Call::Replay(1), Call::Times(1)]
+    );
+    let microseconds: Vec<[u128; 2]> = times
+        .iter()
+        .map(|time| [time.start, time.length].map(|time| time.as_micros()))
+        .collect();
+    // The launches take 1, 2, 4, 8, 16 and 32.
+    let expect = [[0, 1], [1, 0], [1, 6], [7, 0], [7, 24], [31, 32], [63, 0]];
+    assert_eq!(microseconds, expect);
+    // Both graphs stay as they are.
+    assert_eq!(run(true), (times, vec![Call::Replay(1), Call::Times(1)]));
+    assert_eq!(run(false).1, [Call::Replay(0)]);
+}
+
+/// A step in flight is settled before one that is waited for, and keeps what it gives.
+#[test]
+fn timed_steps_follow_those_in_flight() {
+    let rig = Rig::new(100 * MIB);
+    let mut device = rig.device();
+    let mut step = Step::default();
+    step.push(&sequence(0, Tokens::Ids(&[4]), &[0]));
+    let plain = device.submit(&step).unwrap();
+    step.observe.kernel_times = true;
+    let timed = device.submit(&step).unwrap();
+    assert_eq!(device.collect(plain).unwrap().kernel_times, []);
+    let output = device.collect(timed).unwrap();
+    assert_eq!(
+        (output.kernel_times.len(), &output.tokens[..]),
+        (7, &[Some(5)][..])
+    );
+
+    // Hidden states are fetched between launches, which leaves no graph to time.
+    step.observe.hidden_states = true;
+    rig.driver.calls();
+    let both = device.submit(&step).unwrap();
+    let output = device.collect(both).unwrap();
+    assert!(output.kernel_times.is_empty() && !output.hidden_states.is_empty());
+    let timed = |call: &Call| matches!(call, Call::Times(_) | Call::Replay(_));
+    assert!(!rig.driver.calls().iter().any(timed));
+}
+
 fn requests(outputs: &Outputs) -> Vec<Request> {
     let request = |(len, first): (u32, u32)| {
         let mut request = Request::new(Prompt::Ids((first..first + len).collect()));
@@ -711,6 +777,20 @@ fn failures_name_call_and_place() {
         // Such a step replays nothing.
         step.observe.hidden_states = true;
         assert_eq!(device.submit(&step).is_err(), broken != "replay");
+    }
+
+    for broken in ["record_timed", "replay", "launch_times"] {
+        let rig = Rig::new(100 * MIB);
+        let mut device = rig.device();
+        rig.driver.state().broken = Some(broken);
+        let mut step = Step::default();
+        step.observe.kernel_times = true;
+        step.push(&sequence(0, Tokens::Ids(&[4]), &[0]));
+        let error = device.submit(&step).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("{broken} failed (prefill-8, its kernel times): CUDA_ERROR_ILLEGAL_ADDRESS")
+        );
     }
 
     let failing_load = |broken| {

@@ -24,6 +24,7 @@ use owned::{Context, DeviceMemory, Event, ExecutableGraph, Graph, Module, Pinned
 use std::collections::VecDeque;
 use std::ffi::{CString, c_void};
 use std::ptr;
+use std::time::Duration;
 
 /// Pieces of staging memory: one is filled while others are copied.
 const STAGING_PIECES: usize = 4;
@@ -121,6 +122,23 @@ impl NvidiaDriver {
         })
     }
 
+    /// Records `count` pieces of work of another library, with an event before the first and one behind
+    /// each, as [`Driver::record_timed`] does with launches. `enqueue` gets a piece's index and the
+    /// stream that is being captured, a `CUstream`.
+    ///
+    /// # Errors
+    /// A failure of the device, and those of `enqueue`.
+    pub fn record_work(
+        &mut self,
+        place: &str,
+        count: usize,
+        mut enqueue: impl FnMut(usize, *mut c_void) -> Result<(), DriverError>,
+    ) -> Result<GraphHandle, DriverError> {
+        self.capture_timed(place, count, |driver, index| {
+            enqueue(index, driver.stream.0.cast())
+        })
+    }
+
     /// Enqueues a launch; with `overlap`, one that may start before the launch ahead has ended.
     fn enqueue(&self, launch: &BoundLaunch, overlap: bool) -> Result<(), DriverError> {
         let place = &launch.place;
@@ -173,6 +191,53 @@ impl NvidiaDriver {
         check(result, "cuLaunchKernelEx", place)
     }
 
+    /// Records what `enqueue` puts into the stream; `events` are those that it records.
+    fn capture(
+        &mut self,
+        place: &str,
+        events: Vec<Event>,
+        enqueue: impl FnOnce(&NvidiaDriver, &[Event]) -> Result<(), DriverError>,
+    ) -> Result<GraphHandle, DriverError> {
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream exists, and is not being captured: every capture ends below.
+        let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream.0, mode) };
+        check(result, "cuStreamBeginCapture", place)?;
+        let enqueued = enqueue(self, &events);
+        let mut graph = ptr::null_mut();
+        // SAFETY: the stream is being captured; `graph` is written. After a launch that failed the
+        // capture has to be ended all the same.
+        let result = unsafe { sys::cuStreamEndCapture(self.stream.0, &raw mut graph) };
+        let graph = Graph::new(graph);
+        enqueued?;
+        check(result, "cuStreamEndCapture", place)?;
+        let graph = graph.ok_or_else(|| misuse("cuStreamEndCapture", place, "it gave no graph"))?;
+        self.graphs.push(graph.instantiate(place, events)?);
+        Ok(GraphHandle(self.graphs.len() - 1))
+    }
+
+    /// Records `count` calls of `enqueue`, with an event before the first and one behind each.
+    fn capture_timed(
+        &mut self,
+        place: &str,
+        count: usize,
+        mut enqueue: impl FnMut(&NvidiaDriver, usize) -> Result<(), DriverError>,
+    ) -> Result<GraphHandle, DriverError> {
+        self.context.make_current()?;
+        let events: Result<Vec<Event>, DriverError> =
+            (0..=count).map(|_| Event::new(true)).collect();
+        let events = events.map_err(|error| error.at(|| place.to_owned()))?;
+        self.capture(place, events, |driver, events| {
+            for (index, event) in events.iter().enumerate() {
+                if index > 0 {
+                    enqueue(driver, index - 1)?;
+                }
+                let recorded = event.record_in_graph(&driver.stream);
+                recorded.map_err(|error| error.at(|| place.to_owned()))?;
+            }
+            Ok(())
+        })
+    }
+
     /// Pinned memory of at least so many bytes.
     fn pinned(&mut self, bytes: usize) -> Result<Pinned, DriverError> {
         match self.spare.iter().position(|memory| memory.len() >= bytes) {
@@ -220,6 +285,11 @@ impl NvidiaDriver {
         end.wait()?;
         end.since(&start)
     }
+}
+
+/// For errors: where a chain starts.
+fn place_of(launches: &[BoundLaunch]) -> &str {
+    launches.first().map_or("", |launch| launch.place.as_str())
 }
 
 /// An error of kiln's own making, in the place of a call that was not made.
@@ -298,26 +368,32 @@ impl Driver for NvidiaDriver {
 
     fn record(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
         self.context.make_current()?;
-        let place = launches.first().map_or("", |launch| launch.place.as_str());
         let overlap = self.facts.compute_capability >= OVERLAP_CAPABILITY;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream exists, and is not being captured: every capture ends below.
-        let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream.0, mode) };
-        check(result, "cuStreamBeginCapture", place)?;
-        let enqueued = launches
-            .iter()
-            .enumerate()
-            .try_for_each(|(index, launch)| self.enqueue(launch, overlap && index > 0));
-        let mut graph = ptr::null_mut();
-        // SAFETY: the stream is being captured; `graph` is written. After a launch that failed the
-        // capture has to be ended all the same.
-        let result = unsafe { sys::cuStreamEndCapture(self.stream.0, &raw mut graph) };
-        let graph = Graph::new(graph);
-        enqueued?;
-        check(result, "cuStreamEndCapture", place)?;
-        let graph = graph.ok_or_else(|| misuse("cuStreamEndCapture", place, "it gave no graph"))?;
-        self.graphs.push(graph.instantiate(place)?);
-        Ok(GraphHandle(self.graphs.len() - 1))
+        self.capture(place_of(launches), Vec::new(), |driver, _| {
+            let mut launches = launches.iter().enumerate();
+            launches.try_for_each(|(index, launch)| driver.enqueue(launch, overlap && index > 0))
+        })
+    }
+
+    fn record_timed(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
+        self.capture_timed(place_of(launches), launches.len(), |driver, index| {
+            driver.enqueue(&launches[index], false)
+        })
+    }
+
+    fn launch_times(&mut self, graph: GraphHandle) -> Result<Vec<Duration>, DriverError> {
+        self.context.make_current()?;
+        let graph = self.graphs.get(graph.0);
+        let graph = graph.ok_or_else(|| misuse("cuEventElapsedTime", "", "no such graph"))?;
+        // Until the GPU comes to them, events of a graph are as the replay before has left them:
+        // it is the stream that has to be waited for.
+        self.stream.synchronize(&graph.place)?;
+        let between = graph.events.windows(2).map(|pair| {
+            let milliseconds = pair[1].since(&pair[0]);
+            let milliseconds = milliseconds.map_err(|error| error.at(|| graph.place.clone()))?;
+            Ok(Duration::try_from_secs_f64(f64::from(milliseconds) / 1e3).unwrap_or_default())
+        });
+        between.collect()
     }
 
     fn replay(&mut self, graph: GraphHandle) -> Result<(), DriverError> {

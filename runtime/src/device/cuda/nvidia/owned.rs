@@ -4,8 +4,8 @@
 use super::super::DriverError;
 use super::api::check;
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUevent_flags, CUgraph, CUgraphExec, CUmodule,
-    CUstream, CUstream_flags,
+    self, CUcontext, CUdevice, CUdeviceptr, CUevent, CUevent_flags, CUevent_record_flags, CUgraph,
+    CUgraphExec, CUmodule, CUstream, CUstream_flags,
 };
 use std::ptr;
 
@@ -87,6 +87,15 @@ impl Event {
         // SAFETY: both exist, in the current context.
         let result = unsafe { sys::cuEventRecord(self.0, stream.0) };
         check(result, "cuEventRecord", "")
+    }
+
+    /// Records it in a stream that is being captured, as a node of the graph: each replay records it
+    /// anew.
+    pub(super) fn record_in_graph(&self, stream: &Stream) -> Result<(), DriverError> {
+        let flags = CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as u32;
+        // SAFETY: both exist, in the current context.
+        let result = unsafe { sys::cuEventRecordWithFlags(self.0, stream.0, flags) };
+        check(result, "cuEventRecordWithFlags", "")
     }
 
     /// Waits until the work before it is done; at once where it was never recorded.
@@ -200,7 +209,12 @@ impl Graph {
         (!raw.is_null()).then_some(Graph(raw))
     }
 
-    pub(super) fn instantiate(&self, place: &str) -> Result<ExecutableGraph, DriverError> {
+    /// `events` are those that were recorded in it.
+    pub(super) fn instantiate(
+        &self,
+        place: &str,
+        events: Vec<Event>,
+    ) -> Result<ExecutableGraph, DriverError> {
         let mut raw = ptr::null_mut();
         // SAFETY: the graph exists; `raw` is written.
         let result = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut raw, self.0, 0) };
@@ -208,6 +222,7 @@ impl Graph {
         Ok(ExecutableGraph {
             raw,
             place: place.to_owned(),
+            events,
         })
     }
 }
@@ -224,6 +239,8 @@ pub(super) struct ExecutableGraph {
     pub(super) raw: CUgraphExec,
     /// For errors: where its chain starts.
     pub(super) place: String,
+    /// Recorded by each replay, in this order. They go after the graph, which names them.
+    pub(super) events: Vec<Event>,
 }
 
 impl Drop for ExecutableGraph {

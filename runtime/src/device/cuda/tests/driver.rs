@@ -9,6 +9,7 @@ use crate::device::cuda::{
 use kiln_bundle::{COPIES_PER_LAUNCH, LAST_SAMPLED, StepDraw};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Call {
@@ -17,6 +18,8 @@ pub(super) enum Call {
     Upload(u64, usize),
     Launch(String),
     Record(usize),
+    RecordTimed(usize),
+    Times(usize),
     Replay(usize),
     Download(u64, usize),
     Wait(u64),
@@ -227,6 +230,19 @@ impl Driver for FakeDriver {
         let mut state = self.note("record", Call::Record(launches.len()))?;
         state.graphs.push(launches.to_vec());
         Ok(GraphHandle(state.graphs.len() - 1))
+    }
+
+    fn record_timed(&mut self, launches: &[BoundLaunch]) -> Result<GraphHandle, DriverError> {
+        let mut state = self.note("record_timed", Call::RecordTimed(launches.len()))?;
+        state.graphs.push(launches.to_vec());
+        Ok(GraphHandle(state.graphs.len() - 1))
+    }
+
+    /// 1, 2, 4, 8 ... us, so that a sum tells what is in it.
+    fn launch_times(&mut self, graph: GraphHandle) -> Result<Vec<Duration>, DriverError> {
+        let state = self.note("launch_times", Call::Times(graph.0))?;
+        let launches = 0..state.graphs[graph.0].len();
+        Ok(launches.map(|i| Duration::from_micros(1 << i)).collect())
     }
 
     fn replay(&mut self, graph: GraphHandle) -> Result<(), DriverError> {
