@@ -313,7 +313,7 @@ fn step_key(model: &ModelTable, step: &StepTable) -> Key {
     Key {
         model: model.model.clone(),
         target: model.target.clone(),
-        weights: model.weights.to_string(),
+        weights: model.formats(),
         dtype: model.dtype.to_string(),
         executable: step.executable.clone(),
         sequences: step.sequences,
@@ -340,7 +340,7 @@ fn index<'a>(
 
 fn bundles(table: &Table) -> String {
     let names = table.models.iter().map(|m| {
-        let (model, target, weights) = (&m.model, &m.target, m.weights);
+        let (model, target, weights) = (&m.model, &m.target, m.formats());
         format!("{model} {target} {weights}")
     });
     let names: Vec<String> = names.collect();

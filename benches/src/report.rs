@@ -173,7 +173,8 @@ fn section(index: usize, table: &Table, model: &ModelTable, sources: &Sources) -
             },
         ),
     ];
-    facts.extend(ceilings.integer_gop_per_s.map(|gop| ("integer", rate(gop))));
+    // The first is that of floating-point numbers.
+    facts.extend((ceilings.peaks().skip(1)).map(|(name, peak)| (name, rate(peak))));
     facts.push(("KV cache", model.dtype.to_string()));
     facts.push((
         "kiln",
@@ -209,7 +210,9 @@ fn section(index: usize, table: &Table, model: &ModelTable, sources: &Sources) -
 fn title(model: &ModelTable) -> String {
     format!(
         "{}, {} weights, {}",
-        model.model, model.weights, model.target
+        model.model,
+        model.formats(),
+        model.target
     )
 }
 
@@ -361,13 +364,7 @@ fn roofline(
     colours: &Colours<'_>,
 ) -> Figure {
     let ceilings = &table.machine.ceilings;
-    let peaks: Vec<(&'static str, f64)> = [
-        Some(("float", ceilings.float_gflop_per_s)),
-        ceilings.integer_gop_per_s.map(|peak| ("integer", peak)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
+    let peaks: Vec<(&'static str, f64)> = ceilings.peaks().collect();
     let highest = peaks.iter().map(|peak| peak.1).fold(0.0, f64::max);
     let ridge = highest / ceilings.read_gb_per_s;
     // Of each shown step by its number.

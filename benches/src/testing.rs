@@ -17,11 +17,15 @@ const CPU: Ceilings = Ceilings {
     read_gb_per_s: 40.0,
     float_gflop_per_s: 220.0,
     integer_gop_per_s: Some(640.0),
+    bf16_gflop_per_s: None,
+    int8_gop_per_s: None,
 };
 const GPU: Ceilings = Ceilings {
     read_gb_per_s: 4800.0,
     float_gflop_per_s: 989_000.0,
     integer_gop_per_s: None,
+    bf16_gflop_per_s: None,
+    int8_gop_per_s: None,
 };
 
 /// What a CPU measures of opt-125m in int8: KV lengths of one decode bucket, batches, a prefill. The seed
@@ -129,6 +133,7 @@ fn of_machine(machine: Machine, target: &str, source: Source, steps: Vec<StepTab
             model: "opt-125m".to_owned(),
             target: target.to_owned(),
             weights: WeightFormat::Int(IntFormat::Int8 { group: None }),
+            activations: None,
             dtype: DType::Bf16,
             source,
             steps,

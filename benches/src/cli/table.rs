@@ -184,6 +184,7 @@ fn model_table(
         model: bundle.manifest().model.name.clone(),
         target: target.name.clone(),
         weights: target.weights,
+        activations: target.activations,
         dtype: target.dtype,
         source,
         steps,
@@ -319,6 +320,8 @@ fn cpu(name: String, threads: usize) -> Result<Machine> {
             read_gb_per_s: read_bandwidth(&pool, isa, BANDWIDTH_BYTES).best,
             float_gflop_per_s: peak.float_gflop_per_s,
             integer_gop_per_s: Some(peak.integer_gop_per_s),
+            bf16_gflop_per_s: Some(peak.bf16_gflop_per_s),
+            int8_gop_per_s: Some(peak.int8_gop_per_s),
         },
     })
 }

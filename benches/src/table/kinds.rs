@@ -2,7 +2,7 @@
 
 use super::steps::StepPlan;
 use kiln_bundle::{
-    BufferId, KernelSpec, Linear, Program, RowKind, Rows, Target, WeightFormat,
+    Activations, BufferId, KernelSpec, Linear, Program, RowKind, Rows, Target, WeightFormat,
     work::{Work, kernel_work},
 };
 
@@ -17,14 +17,40 @@ pub struct Kind {
     pub shapes: String,
     /// How its matrix is stored, or what else it reads.
     pub format: String,
-    /// Whether it multiplies integers where its device can.
-    pub integers: bool,
+    /// What its products are made of, where its device has such products.
+    pub arithmetic: Arithmetic,
     /// Of one.
     pub work: Work,
     /// What another program would have to compute for the same; none where it is no matrix product.
     pub shape: Option<Shape>,
     /// Indices into the program's kernels.
     pub kernels: Vec<usize>,
+}
+
+/// Numbers that are multiplied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// f32 on a CPU, what the target computes in on a GPU.
+    #[default]
+    Float,
+    /// bf16 on a CPU.
+    Bf16,
+    /// Integers of 16 bits.
+    Int16,
+    /// Integers of 8 bits.
+    Int8,
+}
+
+impl Arithmetic {
+    fn of(weights: WeightFormat, activations: Option<Activations>) -> Arithmetic {
+        let rounded = activations.filter(|activations| activations.suit(weights));
+        match (weights, rounded) {
+            (_, Some(Activations::Bf16)) => Arithmetic::Bf16,
+            (_, Some(Activations::Int8)) => Arithmetic::Int8,
+            (WeightFormat::Int(_), None) => Arithmetic::Int16,
+            (_, None) => Arithmetic::Float,
+        }
+    }
 }
 
 /// The product of a kernel, for other programs to compute.
@@ -92,7 +118,7 @@ fn kind(target: &Target, program: &Program, kernel: &KernelSpec, plan: &StepPlan
         RowKind::Logits => plan.logit_rows(),
     };
     let mut shape = None;
-    let mut integers = false;
+    let mut arithmetic = Arithmetic::default();
     let (spec, shapes, format) = match kernel {
         KernelSpec::Embed {
             tokens,
@@ -123,7 +149,7 @@ fn kind(target: &Target, program: &Program, kernel: &KernelSpec, plan: &StepPlan
             );
             shape = Some(Shape::Linear { rows, n, k });
             let format = target.format(&linear.weight);
-            integers = matches!(format, WeightFormat::Int(_));
+            arithmetic = Arithmetic::of(format, target.activations);
             (
                 linear_in_words(kernel.name(), linear),
                 format!("({rows}, {k}) x ({n}, {k})"),
@@ -166,7 +192,7 @@ fn kind(target: &Target, program: &Program, kernel: &KernelSpec, plan: &StepPlan
         spec,
         shapes,
         format,
-        integers,
+        arithmetic,
         work: kernel_work(target, program, kernel, &plan.size()),
         shape,
         kernels: Vec::new(),

@@ -31,10 +31,7 @@ impl Measured {
     pub fn set_floors(&mut self, ceilings: &Ceilings) {
         self.step.floor_us = 0.0;
         for (row, kind) in self.step.rows.iter_mut().zip(&self.kinds) {
-            let rate = match ceilings.integer_gop_per_s {
-                Some(rate) if kind.integers => rate,
-                _ => ceilings.float_gflop_per_s,
-            };
+            let rate = ceilings.operations_per_ns(kind.arithmetic);
             row.floor_us = kind.work.floor_us(ceilings.read_gb_per_s, rate);
             self.step.floor_us += row.floor_us * row.count as f64;
         }

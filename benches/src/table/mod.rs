@@ -13,7 +13,8 @@ pub(crate) mod text;
 
 pub use error::TableError;
 
-use kiln_bundle::{DType, Phase, WeightFormat};
+use kiln_bundle::{Activations, DType, Phase, WeightFormat};
+use kinds::Arithmetic;
 use serde::{Deserialize, Serialize};
 use std::{fs::File, io, io::Read, path::Path};
 
@@ -106,12 +107,11 @@ impl Table {
     /// Whether its figures can be computed with.
     fn check(&self) -> Result<(), String> {
         let ceilings = &self.machine.ceilings;
-        let rates = [
-            Some(ceilings.read_gb_per_s),
-            Some(ceilings.float_gflop_per_s),
-            ceilings.integer_gop_per_s,
-        ];
-        if rates.into_iter().flatten().any(|rate| !is_positive(rate)) {
+        let peaks = ceilings.peaks().map(|(_, rate)| rate);
+        if peaks
+            .chain([ceilings.read_gb_per_s])
+            .any(|rate| !is_positive(rate))
+        {
             return Err("a ceiling of the machine is not above 0".to_owned());
         }
         for model in &self.models {
@@ -181,20 +181,52 @@ pub struct Ceilings {
     pub read_gb_per_s: f64,
     /// Multiplications and additions of floating-point kernels: f32 on a CPU, tensor cores on a GPU.
     pub float_gflop_per_s: f64,
-    /// Of kernels with integer weights, where these multiply integers.
+    /// Of kernels with integer weights, where these multiply integers of 16 bits.
     pub integer_gop_per_s: Option<f64>,
+    /// Of kernels that round rows to bf16.
+    #[serde(default)]
+    pub bf16_gflop_per_s: Option<f64>,
+    /// Of kernels that round rows to integers of 8 bits.
+    #[serde(default)]
+    pub int8_gop_per_s: Option<f64>,
 }
 
 impl Ceilings {
+    /// Multiplications and additions of each kind of kernels, in units of 10^9 a second.
+    pub(crate) fn peaks(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let peaks = [
+            ("float", Some(self.float_gflop_per_s)),
+            ("bf16", self.bf16_gflop_per_s),
+            ("integer", self.integer_gop_per_s),
+            ("int8", self.int8_gop_per_s),
+        ];
+        (peaks.into_iter()).filter_map(|(name, peak)| Some((name, peak?)))
+    }
+
+    /// Multiplications and additions of such products; those of floating-point kernels where a device has
+    /// no others.
+    pub(crate) fn operations_per_ns(&self, arithmetic: Arithmetic) -> f64 {
+        let own = match arithmetic {
+            Arithmetic::Float => None,
+            Arithmetic::Bf16 => self.bf16_gflop_per_s,
+            Arithmetic::Int16 => self.integer_gop_per_s,
+            Arithmetic::Int8 => self.int8_gop_per_s,
+        };
+        own.unwrap_or(self.float_gflop_per_s)
+    }
+
     /// Of two measurements the better, in each figure.
     pub(crate) fn max(self, other: Ceilings) -> Ceilings {
+        let better = |of: fn(&Ceilings) -> Option<f64>| match (of(&self), of(&other)) {
+            (Some(one), Some(two)) => Some(one.max(two)),
+            (one, two) => one.or(two),
+        };
         Ceilings {
             read_gb_per_s: self.read_gb_per_s.max(other.read_gb_per_s),
             float_gflop_per_s: self.float_gflop_per_s.max(other.float_gflop_per_s),
-            integer_gop_per_s: match (self.integer_gop_per_s, other.integer_gop_per_s) {
-                (Some(one), Some(two)) => Some(one.max(two)),
-                (one, two) => one.or(two),
-            },
+            integer_gop_per_s: better(|ceilings| ceilings.integer_gop_per_s),
+            bf16_gflop_per_s: better(|ceilings| ceilings.bf16_gflop_per_s),
+            int8_gop_per_s: better(|ceilings| ceilings.int8_gop_per_s),
         }
     }
 }
@@ -226,6 +258,9 @@ pub struct ModelTable {
     pub target: String,
     /// Of the matrices.
     pub weights: WeightFormat,
+    /// What the CPU rounds rows to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activations: Option<Activations>,
     /// Of the KV cache, and of activations on a GPU.
     pub dtype: DType,
     /// How times came about.
@@ -238,6 +273,18 @@ impl ModelTable {
     /// Whether kernels were timed one after another, which overlap in the steps that they are of.
     pub fn is_timed_apart(&self) -> bool {
         self.source == Source::Measured && self.target != CPU
+    }
+}
+
+impl ModelTable {
+    /// Its weights, and what rows are rounded to: `int8`, `int8 with int8 activations`.
+    pub(crate) fn formats(&self) -> String {
+        match self.activations {
+            Some(activations) => {
+                format!("{} with {} activations", self.weights, activations.name())
+            }
+            None => self.weights.to_string(),
+        }
     }
 }
 

@@ -20,6 +20,8 @@ pub fn text(table: &Table) -> String {
         read_gb_per_s,
         float_gflop_per_s,
         integer_gop_per_s,
+        bf16_gflop_per_s,
+        int8_gop_per_s,
     } = machine.ceilings;
     let measured = |model: &ModelTable| model.source == Source::Measured;
     let source = match table.models.iter().any(measured) {
@@ -34,8 +36,14 @@ pub fn text(table: &Table) -> String {
         );
     } else {
         let _ = write!(text, ", {float_gflop_per_s:.0} GFLOP/s");
-        if let Some(rate) = integer_gop_per_s {
-            let _ = write!(text, ", {rate:.0} GOP/s of integers");
+        for (rate, what) in [
+            (bf16_gflop_per_s, "GFLOP/s of bf16"),
+            (integer_gop_per_s, "GOP/s of integers"),
+            (int8_gop_per_s, "GOP/s of 8 bits"),
+        ] {
+            if let Some(rate) = rate {
+                let _ = write!(text, ", {rate:.0} {what}");
+            }
         }
         let _ = writeln!(text, "; {source}");
     }
@@ -61,7 +69,7 @@ fn step_text(model: &ModelTable, step: &StepTable) -> String {
     let mut text = format!(
         "{} {} ({}), {}: {} sequence{}, {} new token{}, {} positions each\n",
         model.model,
-        model.weights,
+        model.formats(),
         model.target,
         step.executable,
         step.sequences,
