@@ -422,7 +422,7 @@ fn self_test(
     };
     let tolerance = match types.activations {
         None => tolerance,
-        Some(Activations::Bf16 | Activations::Int8) => tolerance.max(4e-2),
+        Some(Activations::Bf16 | Activations::Int8) => tolerance.max(2e-2),
     };
     Ok(SelfTest {
         token_ids,

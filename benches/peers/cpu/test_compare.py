@@ -81,8 +81,8 @@ class Table(unittest.TestCase):
         kiln, peer, failed = figures.rows(record())
         self.assertEqual((kiln["system"], kiln["decode, batch 1"], kiln["share"]), ("kiln int8", "75.0 (50.0 to 100.0)", "50%"))
         self.assertEqual((kiln["peak MB"], kiln["load ms"], kiln["first token ms"]), ("150", "2", "30"))
-        self.assertNotIn("kiln/peer", kiln)
-        self.assertEqual(peer["kiln/peer"], "1.50 · 1.50 · 0.38")
+        self.assertNotIn("kiln int8/peer", kiln)
+        self.assertEqual(peer["kiln int8/peer"], "1.50 · 1.50 · 0.38")
         self.assertEqual(failed, {"system": "ctranslate2 int8", "note": "not measured: no such type"})
 
     def test_markdown(self):
@@ -103,7 +103,17 @@ class Table(unittest.TestCase):
                 del measured["decode"]["1"]
         kiln, peer, _ = figures.rows(one)
         self.assertNotIn("share", kiln)
-        self.assertEqual(peer["kiln/peer"].count("·"), 1)
+        self.assertEqual(peer["kiln int8/peer"].count("·"), 1)
+
+    def test_each_kiln_has_its_ratios(self):
+        one = json.loads(json.dumps(record()))
+        one["systems"]["kiln int8-a8"] = one["systems"]["kiln int8"]
+        for turn in one["rounds"]:
+            turn["measured"]["kiln int8-a8"] = turn["measured"]["openvino int8"]
+        *kilns, peer, _ = figures.rows(one)
+        self.assertEqual([row["system"] for row in kilns], ["kiln int8", "kiln int8-a8"])
+        self.assertEqual((peer["kiln int8/peer"], peer["kiln int8-a8/peer"]), ("1.50 · 1.50 · 0.38", "1.00 · 1.00 · 1.00"))
+        self.assertFalse([name for row in kilns for name in row if name.endswith("/peer")])
 
 
     def test_disturbance(self):

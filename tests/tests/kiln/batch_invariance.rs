@@ -1,7 +1,7 @@
 //! A sequence's logits do not depend on what else is in the batch, bit for bit: not on the other
 //! prompts, their order, the chunks of the prefill or the number of threads.
 
-use kiln_bundle::{DType, WeightFormat};
+use kiln_bundle::{Activations, DType, WeightFormat};
 use kiln_compiler::CompileOptions;
 use kiln_tests::{Generated, TestBundle};
 use serde_json::{Value, json};
@@ -26,7 +26,13 @@ fn model() -> TempDir {
 }
 
 fn bundle(prefill_buckets: Vec<u32>, decode_batch: Vec<u32>, dtype: DType) -> TestBundle {
-    stored(prefill_buckets, decode_batch, dtype, WeightFormat::F32)
+    stored(
+        prefill_buckets,
+        decode_batch,
+        dtype,
+        WeightFormat::F32,
+        None,
+    )
 }
 
 fn stored(
@@ -34,6 +40,7 @@ fn stored(
     decode_batch: Vec<u32>,
     dtype: DType,
     weights: WeightFormat,
+    activations: Option<Activations>,
 ) -> TestBundle {
     let dir = model();
     let options = CompileOptions {
@@ -41,6 +48,7 @@ fn stored(
         decode_batch,
         dtype: Some(dtype),
         weights: Some(weights),
+        activations,
         max_batch: 8,
         ..CompileOptions::default()
     };
@@ -62,15 +70,19 @@ fn bits(run: &Generated, request: usize) -> Vec<u32> {
 
 #[test]
 fn together_alone_in_any_order_and_chunking() {
-    for (dtype, weights) in [
-        (DType::F32, "f32"),
-        (DType::Bf16, "f32"),
-        (DType::F32, "int8"),
-        (DType::F32, "int8:g32"),
-        (DType::F32, "int4:g64"),
+    let (bf16, int8) = (Some(Activations::Bf16), Some(Activations::Int8));
+    for (dtype, weights, activations) in [
+        (DType::F32, "f32", None),
+        (DType::Bf16, "f32", None),
+        (DType::F32, "int8", None),
+        (DType::F32, "int8:g32", None),
+        (DType::F32, "int4:g64", None),
+        (DType::F32, "bf16", bf16),
+        (DType::F32, "int8", int8),
+        (DType::F32, "int4:g64", int8),
     ] {
         let weights = weights.parse().unwrap();
-        let whole = stored(vec![512], vec![8], dtype, weights);
+        let whole = stored(vec![512], vec![8], dtype, weights, activations);
         let all: Vec<Value> = (0..LENGTHS.len()).map(request).collect();
         let reference = whole.generate(&all, &[], None);
         let expected: Vec<Vec<u32>> = (0..LENGTHS.len())
@@ -90,7 +102,7 @@ fn together_alone_in_any_order_and_chunking() {
         }
 
         let order = [5, 2, 7, 0, 3, 6, 1, 4];
-        let chunked = stored(vec![7, 33], vec![1, 3], dtype, weights);
+        let chunked = stored(vec![7, 33], vec![1, 3], dtype, weights, activations);
         let permuted: Vec<Value> = order.into_iter().map(request).collect();
         for threads in ["1", "2", "3"] {
             let run = chunked.generate(&permuted, &["--threads", threads], None);
@@ -148,8 +160,8 @@ fn a_small_cache_changes_nothing_but_the_time() {
 fn the_portable_path_keeps_the_rule_as_well() {
     for weights in ["f32", "int8", "int4"] {
         let weights = weights.parse().unwrap();
-        let whole = stored(vec![512], vec![8], DType::F32, weights);
-        let chunked = stored(vec![7, 33], vec![1, 3], DType::F32, weights);
+        let whole = stored(vec![512], vec![8], DType::F32, weights, None);
+        let chunked = stored(vec![7, 33], vec![1, 3], DType::F32, weights, None);
         let run =
             |bundle: &TestBundle| bundle.generate(&[request(1), request(4)], &[], Some("portable"));
         let [a, b] = [run(&whole), run(&chunked)];

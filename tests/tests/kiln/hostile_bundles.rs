@@ -188,6 +188,16 @@ fn formats_that_contradict_the_weights_are_named() {
             "needed is u8",
         ),
         (
+            "\"layout\": \"panels\"",
+            "\"layout\": \"tiles\", \"activations\": \"int8\"",
+            "activations are int8, which is for the CPU",
+        ),
+        (
+            "\"layout\": \"panels\"",
+            "\"layout\": \"panels\", \"activations\": \"int5\"",
+            "unknown variant `int5`",
+        ),
+        (
             "\"tables\": \"f32\"",
             "\"tables\": \"u8\"",
             "tables is u8, which is no floating-point type",

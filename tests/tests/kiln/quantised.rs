@@ -1,19 +1,25 @@
 //! Matrices of integers, as a user meets them.
 
-use kiln_bundle::{Bundle, KernelSpec};
+use kiln_bundle::{Activations, Bundle, KernelSpec};
 use kiln_compiler::{CompileOptions, TargetChoice, cuda::CudaTarget};
+use kiln_runtime::cpu::Isa;
 use kiln_tests::{TestBundle, failure, fixture, program, repository, success};
 use serde_json::Value;
 use std::path::PathBuf;
 
 fn demo(weights: &str) -> TestBundle {
-    compile(weights, None)
+    compile(weights, None, None)
 }
 
-fn compile(weights: &str, calibrate: Option<PathBuf>) -> TestBundle {
+fn compile(
+    weights: &str,
+    calibrate: Option<PathBuf>,
+    activations: Option<Activations>,
+) -> TestBundle {
     let options = CompileOptions {
         weights: Some(weights.parse().unwrap()),
         calibrate,
+        activations,
         ..CompileOptions::default()
     };
     TestBundle::compile(&repository("models/demo"), &options)
@@ -47,13 +53,43 @@ fn perplexity_hardly_changes() {
     assert!((27.0..30.0).contains(&exact), "{exact}");
     // Rounding to the nearest changes it by 1.2% in int4.
     let text = Some(fixture("calibration.txt"));
-    for (weights, calibrate, share) in [("int8", None, 0.005), ("int4", text, 0.01)] {
-        let found = perplexity(&compile(weights, calibrate));
+    let (bf16, int8) = (Some(Activations::Bf16), Some(Activations::Int8));
+    for (weights, calibrate, activations, share) in [
+        ("int8", None, None, 0.005),
+        ("int4", text.clone(), None, 0.01),
+        ("bf16", None, bf16, 0.0005),
+        ("int8", None, int8, 0.005),
+        ("int4", text, int8, 0.01),
+    ] {
+        let found = perplexity(&compile(weights, calibrate, activations));
         assert!(
             (found / exact - 1.0).abs() < share,
-            "{weights}: {found} for {exact}"
+            "{weights}, {activations:?}: {found} for {exact}"
         );
     }
+}
+
+#[test]
+fn rounded_activations_are_told() {
+    let bundle = compile("int8", None, Some(Activations::Int8));
+    let report = json(&["kilnc", "inspect"], &bundle);
+    assert_eq!(report["targets"][0]["activations"], "int8");
+    let report = json(
+        &[
+            "kiln",
+            "bench",
+            "--prompt-len",
+            "4",
+            "--gen-len",
+            "2",
+            "--repeat",
+            "1",
+        ],
+        &bundle,
+    );
+    assert_eq!(report["activations"], "int8");
+    let exact = json(&["kilnc", "inspect"], &demo("int8"));
+    assert_eq!(exact["targets"][0]["activations"], Value::Null);
 }
 
 #[test]
@@ -104,10 +140,18 @@ fn sizes_are_reported() {
 }
 
 #[test]
-fn bundles_of_integers_verify_on_every_instruction_set() {
-    for weights in ["int8", "int8:g96", "int4:g32"] {
-        let bundle = demo(weights);
-        for isa in ["portable", "avx2", "avx512"] {
+fn bundles_verify_on_every_instruction_set() {
+    let (bf16, int8) = (Some(Activations::Bf16), Some(Activations::Int8));
+    for (weights, activations) in [
+        ("int8", None),
+        ("int8:g96", None),
+        ("int4:g32", None),
+        ("int8", int8),
+        ("int4:g32", int8),
+        ("bf16", bf16),
+    ] {
+        let bundle = compile(weights, None, activations);
+        for isa in Isa::ALL.map(Isa::name) {
             let output = program("kiln")
                 .arg("verify")
                 .arg(bundle.path())
@@ -118,7 +162,7 @@ fn bundles_of_integers_verify_on_every_instruction_set() {
             let lacking = message.contains(&format!("this machine has no {isa}"));
             assert!(
                 output.status.success() || lacking,
-                "{weights}, {isa}: {message}"
+                "{weights}, {activations:?}, {isa}: {message}"
             );
         }
     }
@@ -182,6 +226,26 @@ fn what_has_no_use_is_refused_by_its_flag() {
             "--calibrate is text.txt; it is of use with --weights int8",
         ),
         (&["--weights", "int5"], "unknown weight format \"int5\""),
+        (
+            &["--weights", "f16", "--activations", "bf16"],
+            "--activations is bf16 beside weights of f16; that goes with --weights bf16",
+        ),
+        (
+            &["--activations", "int8"],
+            "--activations is int8 beside weights of f16; that goes with weights of int8 or int4",
+        ),
+        (
+            &[
+                "--weights",
+                "int8",
+                "--activations",
+                "int8",
+                "--target",
+                "sm_80",
+                "--emit-only",
+            ],
+            "it is for the target cpu",
+        ),
         (
             &[
                 "--weights",
