@@ -10,7 +10,7 @@
 //! - buffers lie inside the arena at offsets aligned to [`ALIGN_BYTES`];
 //! - there is an executable of each phase, and a prefill step of one token always fits one;
 //! - hidden states number L+1, and their kernels write the buffers that they name;
-//! - every exception from the target's format is a matrix;
+//! - every exception from the target's format is a matrix, and activations are rounded for the CPU alone;
 //! - launches name kernels, images, buffers, layers and weights that exist, lie in their workspace
 //!   and go through the program's kernels in order;
 //! - a target has images, launches and a launch that copies blocks, or none of them.
