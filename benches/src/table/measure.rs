@@ -242,7 +242,7 @@ impl<'a> Driver<'a> {
     ) -> Result<(Duration, StepOutput), TableError> {
         self.step.clear();
         self.step.executable = plan.executable;
-        self.step.observe.kernel_times = kernel_times;
+        self.step.observe.times = kernel_times;
         let mut ids = Vec::new();
         for sequence in 0..plan.sequences {
             let place = self.round * plan.sequences + sequence;

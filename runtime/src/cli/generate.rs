@@ -8,7 +8,9 @@ use super::{interactive, interrupt};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
 use kiln_bundle::{WholeFile, trace::Trace};
-use kiln_runtime::{Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId};
+use kiln_runtime::{
+    Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId, STREAM,
+};
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
@@ -311,7 +313,7 @@ impl Batch {
                     }
                 }
             }
-            engine.note("print", began);
+            engine.note(STREAM, began);
         }
         Ok(failed)
     }

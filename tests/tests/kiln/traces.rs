@@ -128,7 +128,7 @@ fn a_trace_of_generating_has_steps_parts_and_kernels() {
     for pair in steps.windows(2) {
         assert!(pair[0].end() <= pair[1].start + ROUNDING_US, "{pair:?}");
     }
-    for name in ["load", "tokenise", "print"] {
+    for name in ["load", "tokenise", "stream"] {
         let spans: Vec<&Span> = host.iter().filter(|span| span.name == name).collect();
         assert!(!spans.is_empty(), "no {name}");
         let inside = |span: &&Span| steps.iter().any(|step| step.holds(span));
@@ -145,6 +145,12 @@ fn a_trace_of_generating_has_steps_parts_and_kernels() {
             parts[0]
         };
         let (schedule, submit) = (part("schedule"), part("submit"));
+        let launch = part("launch");
+        assert!(submit.holds(launch));
+        let tables = host.iter().filter(|s| s.name == "block tables");
+        let tables: Vec<&Span> = tables.filter(|span| step.holds(span)).collect();
+        assert!(!tables.is_empty(), "{step:?}");
+        assert!(tables.iter().all(|span| schedule.holds(span)), "{tables:?}");
         let (collect, take) = (part("collect"), part("take"));
         assert!(take.holds(part("detokenise")));
         for pair in [schedule, submit, collect, take].windows(2) {
@@ -158,6 +164,10 @@ fn a_trace_of_generating_has_steps_parts_and_kernels() {
         assert!(sum <= whole[0].length + ROUNDING_US, "{sum} of {whole:?}");
         for kernel in &kernels {
             assert!(submit.holds(kernel) && whole[0].holds(kernel), "{kernel:?}");
+            // Tokens are chosen when the model's kernels have run.
+            let model = kernel.name != "sample";
+            let before_end = kernel.start <= launch.end() + ROUNDING_US;
+            assert_eq!(before_end, model, "{kernel:?} {launch:?}");
             assert_eq!(kernel.args, json!({"executable": step.name}));
         }
         let mut executables = target.executables.iter();
@@ -329,8 +339,26 @@ fn parts_of_the_overhead_sum_to_the_step() {
     assert!((sum("share") - 1.0).abs() < 1e-6, "{found}");
     for part in parts {
         let (name, us) = (part["name"].as_str().unwrap(), of(&part["us"]));
-        assert!(us > 0.0 || name == "rest", "{found}");
+        assert!(us > 0.0, "{name}: {found}");
     }
+    let names: Vec<&str> = parts
+        .iter()
+        .filter_map(|part| part["name"].as_str())
+        .collect();
+    let expected = [
+        "schedule",
+        "block tables",
+        "submit",
+        "launch",
+        "kernels",
+        "sampling",
+        "collect",
+        "take",
+        "detokenise",
+        "stream",
+        "rest",
+    ];
+    assert_eq!(names, expected);
 
     let table = success(&overhead("1", "12", &[]));
     for line in [

@@ -5,7 +5,8 @@ use crate::cpu::{
     self, Activation, Attention, Embedding, PackedMatrix, PositionTable, Rows, RowsMut,
     Sequence as Ragged, Storage, StorageError,
 };
-use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, Tokens};
+use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, SubmitPart, Tokens};
+use crate::record::StepPart;
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
@@ -14,7 +15,7 @@ use kiln_bundle::{
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A step's lists in the form that kernels take.
 #[derive(Debug, Default)]
@@ -296,6 +297,7 @@ impl CpuDevice {
             self.kv.copy(copy);
         }
         let sequences = sequences(step);
+        let launching = clock.now();
         for (index, kernel) in (0..).zip(&program.kernels) {
             let mut machine = Machine {
                 weights: &self.weights,
@@ -303,8 +305,9 @@ impl CpuDevice {
                 kv: &mut self.kv,
                 batch: &mut self.batch,
                 sequences: &sequences,
+                clock: &mut clock,
             };
-            clock.time(|| machine.run(kernel, &layout, arena))?;
+            machine.run(kernel, &layout, arena)?;
             if hidden_states.is_empty() {
                 continue;
             }
@@ -328,7 +331,12 @@ impl CpuDevice {
             hidden_states,
             ..StepOutput::default()
         };
+        self.submit_parts.extend(launching.map(|began| SubmitPart {
+            part: StepPart::Launch,
+            ran: began..Instant::now(),
+        }));
         let rows = &arena[layout.range(program.logits)];
+        clock.kernel();
         clock.time(|| {
             sample(
                 step,
@@ -361,16 +369,33 @@ impl Clock {
         }
     }
 
+    /// When something begins that is to be seen.
+    fn now(&self) -> Option<Instant> {
+        self.began.map(|_| Instant::now())
+    }
+
+    /// The next kernel begins.
+    fn kernel(&mut self) {
+        self.times.extend(self.began.map(|began| KernelTime {
+            start: began.elapsed(),
+            length: Duration::ZERO,
+        }));
+    }
+
+    /// Does the kernel's work, or a part of it: what comes before the first is not the kernel's time.
     fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let Some(began) = self.began else {
             return work();
         };
         let start = began.elapsed();
         let result = work();
-        self.times.push(KernelTime {
-            start,
-            length: began.elapsed() - start,
-        });
+        let end = began.elapsed();
+        if let Some(time) = self.times.last_mut() {
+            if time.length.is_zero() {
+                time.start = start;
+            }
+            time.length = end - time.start;
+        }
         result
     }
 
@@ -445,6 +470,7 @@ struct Machine<'a> {
     kv: &'a mut super::KvMemory,
     batch: &'a mut Batch,
     sequences: &'a [Ragged<'a>],
+    clock: &'a mut Clock,
 }
 
 impl Machine<'_> {
@@ -454,6 +480,7 @@ impl Machine<'_> {
         layout: &Layout<'_>,
         arena: &mut [f32],
     ) -> Result<(), DeviceError> {
+        self.clock.kernel();
         match kernel {
             KernelSpec::Embed {
                 tokens,
@@ -478,7 +505,8 @@ impl Machine<'_> {
                     None => None,
                 };
                 let (out, _) = layout.split(arena, *out);
-                cpu::embed(self.cpu, &Embedding { tokens, positions }, out);
+                let embedding = Embedding { tokens, positions };
+                self.clock.time(|| cpu::embed(self.cpu, &embedding, out));
             }
             KernelSpec::Linear(linear) => self.linear(linear, layout, arena)?,
             KernelSpec::Qkv { linear, layer } => {
@@ -496,7 +524,8 @@ impl Machine<'_> {
                 };
                 let mut cache = self.kv.layer_mut(*layer as usize).map_err(kv_error)?;
                 let slots = &self.batch.slot_mapping;
-                cpu::write_kv(self.cpu, part(1), part(2), slots, &mut cache);
+                self.clock
+                    .time(|| cpu::write_kv(self.cpu, part(1), part(2), slots, &mut cache));
             }
             KernelSpec::Attention {
                 q,
@@ -514,7 +543,8 @@ impl Machine<'_> {
                     cache: self.kv.layer(*layer as usize).map_err(kv_error)?,
                     scale: *scale,
                 };
-                cpu::attention(self.cpu, &attention, out_rows);
+                self.clock
+                    .time(|| cpu::attention(self.cpu, &attention, out_rows));
             }
             // Logits stay where they are until the program has ended; the device samples then.
             KernelSpec::Sample { .. } => {}
@@ -542,7 +572,8 @@ impl Machine<'_> {
                 norm: self.weights.norm(residual.norm.as_ref())?,
             });
         }
-        cpu::linear(self.cpu, &op, rest.read(layout, linear.input)?, out);
+        let input = rest.read(layout, linear.input)?;
+        self.clock.time(|| cpu::linear(self.cpu, &op, input, out));
         Ok(())
     }
 }

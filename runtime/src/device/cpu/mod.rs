@@ -10,7 +10,7 @@ mod tests;
 
 use super::check::{Ground, check_step};
 use super::memory::{Room, available_bytes, plan_memory};
-use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput};
+use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput, SubmitPart};
 use crate::cpu::{BANDWIDTH_BYTES, Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
 use crate::sampling::Sampler;
 use execute::{Batch, Clock, Weights};
@@ -54,6 +54,7 @@ pub struct CpuDevice {
     /// By slot.
     last_sampled: Vec<Option<u32>>,
     batch: Batch,
+    submit_parts: Vec<SubmitPart>,
     next_step: u64,
     outputs: VecDeque<(StepId, StepOutput)>,
 }
@@ -135,6 +136,7 @@ impl CpuDevice {
             sampler: Sampler::default(),
             last_sampled: vec![None; slots as usize],
             batch: Batch::default(),
+            submit_parts: Vec::new(),
             next_step: 0,
             outputs: VecDeque::new(),
         })
@@ -165,7 +167,8 @@ impl Device for CpuDevice {
     }
 
     fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
-        let clock = Clock::new(step.observe.kernel_times);
+        let clock = Clock::new(step.observe.times);
+        self.submit_parts.clear();
         let ground = Ground {
             executables: &self.target.executables,
             facts: &self.facts,
@@ -180,6 +183,10 @@ impl Device for CpuDevice {
         self.next_step += 1;
         self.outputs.push_back((id, output));
         Ok(id)
+    }
+
+    fn submit_parts(&self) -> &[SubmitPart] {
+        &self.submit_parts
     }
 
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError> {
