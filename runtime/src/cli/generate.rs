@@ -166,7 +166,7 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let mut printer = Printer::new(io::stdout().lock(), args.json, load_time);
     let failed = batch.generate(&mut engine, &mut printer, &mut files)?;
     if let Some((file, trace)) = trace_file.zip(engine.take_trace()) {
-        file.finish(|to| trace.write(to))?;
+        file.finish(|to| trace.write("kiln generate", to))?;
     }
     if interrupt::interrupted() && !engine.is_idle() {
         let (done, all) = (printer.printed(), batch.running.len());
