@@ -62,10 +62,14 @@ fn spans(path: &Path) -> BTreeMap<String, Vec<Span>> {
         let (name, args) = (event["name"].as_str().unwrap(), &event["args"]);
         assert!(!name.is_empty() && args.is_object(), "{event}");
         let keys: BTreeSet<&str> = event.as_object().unwrap().keys().map(|k| &**k).collect();
-        let of_all = BTreeSet::from(["ph", "name", "pid", "tid", "args"]);
+        let ph = event["ph"].as_str().unwrap();
+        let mut needed = BTreeSet::from(["ph", "name", "pid", "tid", "args"]);
+        if ph == "X" {
+            needed.extend(["ts", "dur"]);
+        }
+        assert_eq!(keys, needed, "{event}");
         let named = || args["name"].as_str().filter(|name| !name.is_empty());
-        match (event["ph"].as_str().unwrap(), name) {
-            ("M", _) if keys != of_all => panic!("{event}"),
+        match (ph, name) {
             ("M", "process_name") => processes += usize::from(named().is_some()),
             ("M", "thread_name") => {
                 let old = names.insert(tid, named().unwrap().to_owned());
@@ -74,8 +78,8 @@ fn spans(path: &Path) -> BTreeMap<String, Vec<Span>> {
             ("M", "thread_sort_index") => {
                 assert!(places.insert(args["sort_index"].as_u64().unwrap()));
             }
-            ("X", _) => {
-                assert_eq!(keys, &of_all | &BTreeSet::from(["ts", "dur"]), "{event}");
+            (ph, _) => {
+                assert_eq!(ph, "X", "{event}");
                 let span = Span {
                     name: name.to_owned(),
                     start: nanoseconds(&event["ts"]),
@@ -85,7 +89,6 @@ fn spans(path: &Path) -> BTreeMap<String, Vec<Span>> {
                 // A name comes before what it names.
                 tracks.entry(names[&tid].clone()).or_default().push(span);
             }
-            _ => panic!("{event}"),
         }
     }
     assert_eq!((processes, names.len()), (1, places.len()));

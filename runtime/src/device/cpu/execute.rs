@@ -10,11 +10,12 @@ use crate::record::StepPart;
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind, Target,
-    TensorView, WeightFile, WeightFormat,
+    TensorView, WeightFile, WeightFormat, packing::panels,
 };
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A step's lists in the form that kernels take.
@@ -162,6 +163,41 @@ impl Weights {
         self.file.bytes()
     }
 
+    /// Copies them into memory near the threads that read them in decode steps: each thread its share of
+    /// the panels of each matrix, which [`cpu::linear`] gives it there.
+    pub(super) fn copied_by(
+        mut self,
+        target: &Target,
+        pool: &cpu::ThreadPool,
+    ) -> io::Result<Weights> {
+        let shares = self.shares(target, pool.threads());
+        self.file = self.file.copied(|from, to| copy(from, to, &shares, pool))?;
+        Ok(self)
+    }
+
+    /// Parts of the file, in its order, and the thread of each; what is in none is nobody's.
+    pub(super) fn shares(&self, target: &Target, threads: usize) -> Vec<(Range<usize>, usize)> {
+        let kernels = target.programs.iter().flat_map(|program| &program.kernels);
+        let linears = kernels.filter_map(KernelSpec::linear);
+        let matrices: BTreeMap<&str, usize> = linears
+            .map(|linear| (linear.weight.as_str(), panels(linear.out_features as usize)))
+            .collect();
+        let mut shares = Vec::new();
+        for (name, panels) in matrices {
+            let Some(matrix) = self.file.range(name) else {
+                continue;
+            };
+            let panel_bytes = matrix.len() / panels;
+            for thread in 0..threads {
+                let share = cpu::partition(panels, threads, thread);
+                let at = |panel: usize| matrix.start + panel * panel_bytes;
+                shares.push((at(share.start)..at(share.end), thread));
+            }
+        }
+        shares.sort_unstable_by_key(|(range, _)| (range.start, range.end));
+        shares
+    }
+
     /// See [`WeightFile::lock`].
     pub(super) fn lock(&self) -> io::Result<()> {
         self.file.lock()
@@ -262,6 +298,32 @@ impl Weights {
             ..cpu::Linear::new(self.matrix(&linear.weight, n, k)?)
         })
     }
+}
+
+/// Copies all of a file, each share by its thread and what is in none by the first one.
+fn copy(from: &[u8], to: &mut [u8], shares: &[(Range<usize>, usize)], pool: &cpu::ThreadPool) {
+    type Pieces<'a> = Vec<(&'a [u8], &'a mut [u8])>;
+    let mut pieces: Vec<Pieces<'_>> = (0..pool.threads()).map(|_| Vec::new()).collect();
+    let mut rest = to;
+    let mut done = 0;
+    let end = (from.len()..from.len(), 0);
+    for (range, thread) in shares.iter().chain([&end]) {
+        for (range, thread) in [(done..range.start, 0), (range.clone(), *thread)] {
+            let (piece, behind) = rest.split_at_mut(range.len());
+            pieces[thread].push((&from[range], piece));
+            rest = behind;
+        }
+        done = range.end;
+    }
+    let pieces: Vec<Mutex<Pieces<'_>>> = pieces.into_iter().map(Mutex::new).collect();
+    pool.run(|thread| {
+        let mut pieces = pieces[thread]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (from, to) in pieces.iter_mut() {
+            to.copy_from_slice(from);
+        }
+    });
 }
 
 fn malformed(name: &str, error: &StorageError) -> DeviceError {
