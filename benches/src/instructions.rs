@@ -1,17 +1,26 @@
-//! How many instructions kernels execute: a figure that is the same in every run, on a machine that has
-//! other work as well, so that a change that makes a kernel do more fails a check.
+//! How many instructions kernels and whole steps execute: figures that are the same in every run, on a
+//! machine that has other work as well, so that a change that makes one do more fails a check. (Those of
+//! steps are the same to a few thousandths: hash tables have random seeds, and the allocator has a past.)
 //!
-//! The program runs itself under callgrind ([`count`]). There it runs each of [`cases`] once to warm up
-//! and once within [`counted`], which is the only function that callgrind counts in; it writes a file
-//! before each call of [`written`], so that the files are the cases in their order.
+//! The program runs itself under callgrind ([`count`]). There it runs each case a few times to warm up and
+//! once within [`counted`], which is the only function that callgrind counts in; it writes a file before
+//! each call of [`written`], so that the files are the cases in their order.
+//!
+//! Steps are of one thread, on a model so small that a good part of what a decode step executes is not of
+//! kernels: what scheduler, device and sampler do for it is seen.
 
+use crate::table::measure::arbitrary_id;
 use anyhow::{Context, ensure};
-use kiln_bundle::{BLOCK_TOKENS, DType, WeightFormat, packing::Layout};
+use kiln_bundle::{BLOCK_TOKENS, Bundle, DType, WeightFormat, packing::Layout};
+use kiln_compiler::{CompileOptions, Model, Silent, compile};
 use kiln_runtime::cpu::{
     self, Attention, Cpu, Embedding, Isa, KvCache, KvCacheMut, Linear, Norm, PackedMatrix,
     PositionTable, Rows, RowsMut, Sequence, Storage, StorageMut, ThreadPool,
 };
-use kiln_runtime::{Draw, DrawParams, Sampler};
+use kiln_runtime::device::{CpuOptions, DeviceChoice};
+use kiln_runtime::{
+    Draw, DrawParams, Engine, Event, LoadOptions, PhaseStats, Prompt, Request, Sampler,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -22,7 +31,13 @@ use std::{env, fs};
 /// By which share a count may grow before it fails: libraries of the system differ by less.
 pub const TOLERANCE: f64 = 0.03;
 
-/// Kernels' counts, and what they depend on besides the kernels.
+/// More than the allocator keeps lists of one size for, and less than it asks the system for.
+const LARGE_BYTES: usize = 64 << 10;
+
+/// Times that a case runs before it is counted, so that what it keeps has grown.
+const WARM_UP: usize = 4;
+
+/// The cases' counts, and what they depend on besides the code.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     /// What was counted on.
@@ -64,12 +79,14 @@ struct Ran {
     cases: Vec<String>,
 }
 
-/// Counts all cases with callgrind.
+/// Counts all cases with callgrind; steps are of the model in a checkpoint directory.
 ///
 /// # Errors
-/// Valgrind is missing or failed, or its files are not as expected.
-pub fn count() -> anyhow::Result<Counts> {
+/// The model does not compile, valgrind is missing or failed, or its files are not as expected.
+pub fn count(model: &Path) -> anyhow::Result<Counts> {
     let dir = tempfile::tempdir()?;
+    // Here, where it takes no time.
+    compile_bundles(model, dir.path())?;
     let files = dir.path().join("counts");
     let mut command = Command::new("valgrind");
     command
@@ -79,6 +96,7 @@ pub fn count() -> anyhow::Result<Counts> {
         .arg("--dump-before=*instructions::written*")
         .arg(env::current_exe()?)
         .args(["instructions", "--cases"])
+        .arg(dir.path())
         .stdin(Stdio::null())
         .stderr(Stdio::inherit());
     if env::var_os("KILN_ISA").is_none() {
@@ -117,15 +135,42 @@ fn total(path: &Path) -> anyhow::Result<u64> {
         .context("valgrind has not counted: the counted function is not in the program by its name")
 }
 
-/// Runs the cases, as [`count`] has them run.
+/// Weights of the bundles whose steps are counted, which are their names, and the type of the KV cache.
+const BUNDLES: [(&str, DType); 3] = [
+    ("f32", DType::F32),
+    ("bf16", DType::Bf16),
+    ("int8", DType::F32),
+];
+
+/// Compiles a model into the bundles that [`run_cases`] takes.
+fn compile_bundles(model: &Path, dir: &Path) -> anyhow::Result<()> {
+    for (weights, dtype) in BUNDLES {
+        let options = CompileOptions {
+            weights: Some(weights.parse()?),
+            dtype: Some(dtype),
+            ..CompileOptions::default()
+        };
+        let named = || format!("cannot compile {}", model.display());
+        let model = Model::open(model).with_context(named)?;
+        compile(model, &dir.join(weights), &options, &Silent).with_context(named)?;
+    }
+    Ok(())
+}
+
+/// Runs the cases, as [`count`] has them run; `bundles` is the directory of the compiled ones.
 ///
 /// # Errors
-/// The kernels cannot be set up.
-pub fn run_cases() -> anyhow::Result<String> {
+/// The cases cannot be set up, or do not do what they are to.
+pub fn run_cases(bundles: &Path) -> anyhow::Result<String> {
     let mut names = Vec::new();
-    for (name, mut case) in cases()? {
-        case();
-        counted(&mut case);
+    for (name, mut case) in [kernels()?, steps(bundles)?].into_iter().flatten() {
+        for _ in 0..WARM_UP {
+            case()?;
+        }
+        // What was freed while cases were set up lies in the allocator's list of unsorted blocks until
+        // something large is asked for: not within a case.
+        drop(black_box(Vec::<u8>::with_capacity(LARGE_BYTES)));
+        counted(&mut case)?;
         written();
         names.push(name);
     }
@@ -138,10 +183,11 @@ pub fn run_cases() -> anyhow::Result<String> {
 
 /// What callgrind counts, by its name.
 #[inline(never)]
-fn counted(case: &mut dyn FnMut()) {
-    case();
+fn counted(case: &mut dyn FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let result = case();
     // Keeps the call from becoming a jump, which would end this function before its case.
     black_box(());
+    result
 }
 
 /// Where callgrind writes a file, by its name.
@@ -150,7 +196,7 @@ fn written() {
     black_box(());
 }
 
-type Case = Box<dyn FnMut()>;
+type Case = Box<dyn FnMut() -> anyhow::Result<()>>;
 
 /// C.
 const WIDTH: usize = 256;
@@ -163,7 +209,7 @@ const KV_LEN: usize = 512;
 const PREFILL: usize = 64;
 
 /// Every kernel on small shapes, as decode and prefill call it.
-fn cases() -> anyhow::Result<Vec<(String, Case)>> {
+fn kernels() -> anyhow::Result<Vec<(String, Case)>> {
     let mut cases: Vec<(String, Case)> = Vec::new();
     for (phase, tokens) in [("decode", 1), ("prefill", PREFILL)] {
         for format in ["f32", "f16", "bf16", "int8", "int4:g64"] {
@@ -206,14 +252,11 @@ fn small_numbers(bytes: u64) -> Vec<u32> {
 fn linear(format: WeightFormat, tokens: usize) -> anyhow::Result<Case> {
     let mut cpu = one_thread()?;
     let words = small_numbers(format.bytes(Layout::Panels, OUTPUTS, WIDTH));
-    PackedMatrix::from_bytes(bytemuck::cast_slice(&words), format, OUTPUTS, WIDTH)?;
     let (x, norm) = (vec![0.5; tokens * WIDTH], vec![1.0; WIDTH]);
     let (bias, mut out) = (vec![1.0; OUTPUTS], vec![0.0; tokens * OUTPUTS]);
     Ok(Box::new(move || {
         let bytes = bytemuck::cast_slice(&words);
-        let Ok(weight) = PackedMatrix::from_bytes(bytes, format, OUTPUTS, WIDTH) else {
-            return;
-        };
+        let weight = PackedMatrix::from_bytes(bytes, format, OUTPUTS, WIDTH)?;
         let spec = Linear {
             norm: Some(norm_of(&norm)),
             bias: Some(&bias),
@@ -222,6 +265,7 @@ fn linear(format: WeightFormat, tokens: usize) -> anyhow::Result<Case> {
         };
         let out = RowsMut::new(&mut out, tokens, OUTPUTS);
         cpu::linear(&mut cpu, &spec, Rows::new(&x, tokens, WIDTH), out);
+        Ok(())
     }))
 }
 
@@ -243,6 +287,7 @@ fn layer_norm(tokens: usize) -> anyhow::Result<Case> {
             RowsMut::new(&mut out, tokens, WIDTH),
         );
         cpu::layer_norm(&mut cpu, x, &norm_of(&norm), out);
+        Ok(())
     }))
 }
 
@@ -250,21 +295,19 @@ fn embed(tokens: usize) -> anyhow::Result<Case> {
     let cpu = one_thread()?;
     let format = WeightFormat::F32;
     let words = small_numbers(format.bytes(Layout::Panels, OUTPUTS, WIDTH));
-    PackedMatrix::from_bytes(bytemuck::cast_slice(&words), format, OUTPUTS, WIDTH)?;
     let positions = vec![0.5; tokens * WIDTH];
     let ids: Vec<u32> = (0..tokens as u32).collect();
     let mut out = vec![0.0; tokens * WIDTH];
     Ok(Box::new(move || {
         let bytes = bytemuck::cast_slice(&words);
-        let Ok(table) = PackedMatrix::from_bytes(bytes, format, OUTPUTS, WIDTH) else {
-            return;
-        };
+        let table = PackedMatrix::from_bytes(bytes, format, OUTPUTS, WIDTH)?;
         let positions = PositionTable::new(Storage::F32(&positions), WIDTH);
         let embedding = Embedding {
             tokens: Some((table, &ids)),
             positions: Some((positions, &ids)),
         };
         cpu::embed(&cpu, &embedding, RowsMut::new(&mut out, tokens, WIDTH));
+        Ok(())
     }))
 }
 
@@ -276,14 +319,11 @@ fn cache_bytes(dtype: DType) -> u64 {
 fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
     let mut cpu = one_thread()?;
     let cache = small_numbers(cache_bytes(dtype));
-    Storage::new(bytemuck::cast_slice(&cache), dtype)?;
     let blocks: Vec<u32> = (0..(KV_LEN / BLOCK_TOKENS) as u32).collect();
     let queries = vec![0.5; tokens * WIDTH];
     let mut out = vec![0.0; tokens * WIDTH];
     Ok(Box::new(move || {
-        let Ok(part) = Storage::new(bytemuck::cast_slice(&cache), dtype) else {
-            return;
-        };
+        let part = Storage::new(bytemuck::cast_slice(&cache), dtype)?;
         let sequence = Sequence {
             first_row: 0,
             rows: tokens,
@@ -297,6 +337,7 @@ fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
             scale: 0.125,
         };
         cpu::attention(&mut cpu, &attention, RowsMut::new(&mut out, tokens, WIDTH));
+        Ok(())
     }))
 }
 
@@ -306,18 +347,15 @@ fn write_kv(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
         small_numbers(cache_bytes(dtype)),
         small_numbers(cache_bytes(dtype)),
     );
-    StorageMut::new(bytemuck::cast_slice_mut(&mut keys), dtype)?;
     let rows = vec![0.5; tokens * WIDTH];
     let slots: Vec<u32> = (0..tokens as u32).collect();
     Ok(Box::new(move || {
-        let parts = [&mut keys, &mut values]
-            .map(|part| StorageMut::new(bytemuck::cast_slice_mut(part), dtype));
-        let [Ok(keys), Ok(values)] = parts else {
-            return;
-        };
+        let keys = StorageMut::new(bytemuck::cast_slice_mut(&mut keys), dtype)?;
+        let values = StorageMut::new(bytemuck::cast_slice_mut(&mut values), dtype)?;
         let mut cache = KvCacheMut::new(keys, values, HEADS, WIDTH / HEADS);
         let rows = Rows::new(&rows, tokens, WIDTH);
         cpu::write_kv(&cpu, rows, rows, &slots, &mut cache);
+        Ok(())
     }))
 }
 
@@ -332,7 +370,97 @@ fn sample(params: DrawParams) -> Case {
     };
     Box::new(move || {
         black_box(sampler.sample(&row, &draw));
+        Ok(())
     })
+}
+
+/// Tokens of the prompts of sequences that decode.
+const PROMPT: usize = 20;
+
+/// Whole steps of the engine: decode, in a batch and alone, and prefill.
+fn steps(bundles: &Path) -> anyhow::Result<Vec<(String, Case)>> {
+    let mut cases = Vec::new();
+    for (weights, _) in BUNDLES {
+        let bundle = Bundle::open(&bundles.join(weights))?;
+        for batch in [1, 8] {
+            let name = format!("step {weights}, decode of {batch}");
+            cases.push((name, decode_step(&bundle, batch)?));
+        }
+        cases.push((format!("step {weights}, prefill"), prefill_step(&bundle)?));
+    }
+    Ok(cases)
+}
+
+fn engine(bundle: &Bundle) -> anyhow::Result<Engine> {
+    let options = LoadOptions {
+        device: DeviceChoice::Cpu,
+        cpu: CpuOptions {
+            threads: Some(1),
+            ..CpuOptions::default()
+        },
+        ..LoadOptions::default()
+    };
+    Ok(Engine::load(bundle, &options)?)
+}
+
+fn request(salt: usize, prompt_len: usize, max_new_tokens: u32) -> Request {
+    let ids = (0..prompt_len).map(|position| arbitrary_id(salt, position));
+    let mut request = Request::new(Prompt::Ids(ids.collect()));
+    request.max_new_tokens = Some(max_new_tokens);
+    request.ignore_eos = true;
+    request
+}
+
+/// A step of `batch` sequences, all of which decode.
+fn decode_step(bundle: &Bundle, batch: usize) -> anyhow::Result<Case> {
+    let mut engine = engine(bundle)?;
+    for sequence in 0..batch {
+        engine.submit(request(sequence, PROMPT, 64))?;
+    }
+    while engine.stats().prefill.tokens < (batch * PROMPT) as u64 {
+        step(&mut engine)?;
+    }
+    Ok(Box::new(move || {
+        let before = engine.stats().decode;
+        step(&mut engine)?;
+        is_step_of(before, engine.stats().decode, batch)
+    }))
+}
+
+/// A request whose only step is a prefill, from its submission to its end.
+fn prefill_step(bundle: &Bundle) -> anyhow::Result<Case> {
+    let mut engine = engine(bundle)?;
+    let mut salt = 0;
+    Ok(Box::new(move || {
+        // Another prompt than the last one's, which the cache still holds.
+        salt += 1;
+        let before = engine.stats().prefill;
+        engine.submit(request(salt, PREFILL, 1))?;
+        step(&mut engine)?;
+        ensure!(engine.is_idle(), "a prefill has left something to do");
+        is_step_of(before, engine.stats().prefill, PREFILL)
+    }))
+}
+
+fn step(engine: &mut Engine) -> anyhow::Result<()> {
+    for event in engine.step()? {
+        if let Event::Failed { error, .. } = event {
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+/// Whether in between there was one step, of so many tokens.
+fn is_step_of(before: PhaseStats, after: PhaseStats, tokens: usize) -> anyhow::Result<()> {
+    let found = (after.steps - before.steps, after.tokens - before.tokens);
+    ensure!(
+        found == (1, tokens as u64),
+        "{} steps of {} tokens, where one of {tokens} was to be counted",
+        found.0,
+        found.1
+    );
+    Ok(())
 }
 
 /// A case in both counts.
@@ -411,7 +539,30 @@ mod tests {
 
     #[test]
     fn every_case_runs() {
-        let ran: Ran = serde_json::from_str(&run_cases().unwrap()).unwrap();
-        assert!(ran.cases.len() > 20 && ran.place == Place::here());
+        let dir = tempfile::tempdir().unwrap();
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-opt");
+        compile_bundles(&model, dir.path()).unwrap();
+        let ran: Ran = serde_json::from_str(&run_cases(dir.path()).unwrap()).unwrap();
+        assert!(ran.place == Place::here());
+        let steps = ran.cases.iter().filter(|case| case.starts_with("step "));
+        assert_eq!(steps.count(), 9);
+        assert!(ran.cases.len() > 30, "{:?}", ran.cases);
+    }
+
+    #[test]
+    fn a_step_of_another_kind_is_not_counted() {
+        let steps = |steps, tokens| PhaseStats {
+            steps,
+            tokens,
+            ..PhaseStats::default()
+        };
+        assert!(is_step_of(steps(2, 30), steps(3, 38), 8).is_ok());
+        for after in [steps(2, 30), steps(3, 37), steps(4, 38)] {
+            let error = is_step_of(steps(2, 30), after, 8).unwrap_err().to_string();
+            assert!(
+                error.ends_with("where one of 8 was to be counted"),
+                "{error}"
+            );
+        }
     }
 }

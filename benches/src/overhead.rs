@@ -9,14 +9,12 @@ use crate::table::measure::arbitrary_id;
 use anyhow::ensure;
 use kiln_bundle::trace::{Arg, Span, Trace};
 use kiln_bundle::{Limits, Manifest, Phase};
-use kiln_runtime::{DEVICE_TRACK, Engine, Event, HOST_TRACK, Prompt, Request, StepPart};
+use kiln_runtime::{DEVICE_TRACK, Engine, Event, HOST_TRACK, Prompt, Request, STREAM, StepPart};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
 /// Runs of each kind.
 const RUNS: u32 = 5;
-/// The span of what the caller does with a step's events.
-const STREAM: &str = "stream";
 
 /// What is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -156,16 +154,15 @@ fn run(engine: &mut Engine, workload: Workload, run: u32) -> anyhow::Result<Vec<
     Ok(lengths)
 }
 
-/// Times of a step's parts.
+/// Times of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Step {
-    schedule: Duration,
-    submit: Duration,
+    /// Of its parts, in the order of [`StepPart::ALL`], what is inside of them included.
+    host: [Duration; StepPart::ALL.len()],
+    /// Of the device's kernels but the one that chooses tokens.
     kernels: Duration,
-    sampling: Duration,
-    collect: Duration,
-    take: Duration,
-    detokenise: Duration,
+    /// Of that one.
+    draws: Duration,
     stream: Duration,
     /// From the call of the engine to the end of its events.
     length: Duration,
@@ -184,7 +181,7 @@ fn steps(mut trace: Trace, batch: u32) -> Vec<Step> {
         if span.track == device {
             match name {
                 _ if is_step => {}
-                "sample" => step.sampling += length,
+                "sample" => step.draws += length,
                 _ => step.kernels += length,
             }
         } else if span.track == host && is_step {
@@ -197,8 +194,8 @@ fn steps(mut trace: Trace, batch: u32) -> Vec<Step> {
                 steps.push(step);
             }
             step = Step::default();
-        } else if let Some(part) = step.part(name) {
-            *part += length;
+        } else if let Some(part) = StepPart::ALL.iter().position(|part| part.name() == name) {
+            step.host[part] += length;
         }
     }
     steps
@@ -210,68 +207,95 @@ fn is_decode(call: &Span, batch: u32) -> bool {
 }
 
 impl Step {
-    fn part(&mut self, name: &str) -> Option<&mut Duration> {
-        let part = StepPart::ALL.into_iter().find(|part| part.name() == name)?;
-        Some(match part {
-            StepPart::Schedule => &mut self.schedule,
-            StepPart::Submit => &mut self.submit,
-            StepPart::Collect => &mut self.collect,
-            StepPart::Take => &mut self.take,
-            StepPart::Detokenise => &mut self.detokenise,
-        })
+    /// What a part takes, without these inside of it.
+    fn without(&self, part: StepPart, inside: &[Duration]) -> Duration {
+        let inside: Duration = inside.iter().sum();
+        self.of(part).saturating_sub(inside)
+    }
+
+    fn of(&self, part: StepPart) -> Duration {
+        self.host[part as usize]
+    }
+
+    /// On the host and on the device.
+    fn sampling(&self) -> Duration {
+        self.of(StepPart::Sampling) + self.draws
     }
 }
 
 /// What parts are called, what they do, and what they take of a step.
 type PartOf = (&'static str, &'static str, fn(&Step) -> Duration);
 
-const PARTS: [PartOf; 9] = [
+const PARTS: [PartOf; 11] = [
     (
-        "schedule",
-        "choosing sequences and executable, block tables, filling the step",
-        |step| step.schedule,
+        StepPart::Schedule.name(),
+        "choosing sequences and executable, filling the step",
+        |step| step.without(StepPart::Schedule, &[step.of(StepPart::BlockTables)]),
     ),
     (
-        "submit",
-        "lists of the batch, launches; all but kernels where those are known",
-        |step| step.submit.saturating_sub(step.kernels + step.sampling),
+        StepPart::BlockTables.name(),
+        "giving out KV blocks, noting what they hold",
+        |step| step.of(StepPart::BlockTables),
+    ),
+    (
+        StepPart::Submit.name(),
+        "checking the step, lists of the batch",
+        |step| {
+            let inside = [step.of(StepPart::Launch), step.sampling()];
+            step.without(StepPart::Submit, &inside)
+        },
+    ),
+    (
+        StepPart::Launch.name(),
+        "having kernels run: on a CPU looking up weights and buffers, on a GPU calls of the driver",
+        |step| step.without(StepPart::Launch, &[step.kernels]),
     ),
     ("kernels", "of the model", |step| step.kernels),
-    ("sampling", "choosing tokens", |step| step.sampling),
-    ("collect", "waiting for the device", |step| step.collect),
-    ("take", "handing tokens to their requests", |step| {
-        step.take.saturating_sub(step.detokenise)
-    }),
-    ("detokenise", "making text of tokens", |step| {
-        step.detokenise
-    }),
-    ("stream", "handing text on, here into memory", |step| {
+    (StepPart::Sampling.name(), "choosing tokens", Step::sampling),
+    (
+        StepPart::Collect.name(),
+        "waiting for the device; its kernels, where it does not tell their times",
+        |step| step.of(StepPart::Collect),
+    ),
+    (
+        StepPart::Take.name(),
+        "handing tokens to their requests",
+        |step| step.without(StepPart::Take, &[step.of(StepPart::Detokenise)]),
+    ),
+    (
+        StepPart::Detokenise.name(),
+        "making text of tokens",
+        |step| step.of(StepPart::Detokenise),
+    ),
+    (STREAM, "handing text on, here into memory", |step| {
         step.stream
     }),
     ("rest", "between the parts, recording among it", |step| {
-        let known = [
-            step.schedule,
-            step.submit,
-            step.collect,
-            step.take,
-            step.stream,
+        let calls = [
+            StepPart::Schedule,
+            StepPart::Submit,
+            StepPart::Collect,
+            StepPart::Take,
         ];
-        step.length.saturating_sub(known.iter().sum())
+        let known = calls.map(|part| step.of(part)).iter().sum::<Duration>();
+        step.length.saturating_sub(known + step.stream)
     }),
 ];
 
+/// The parts that there are: a device that draws in its kernels has no sampling on the host.
 fn parts(steps: &[Step]) -> Vec<PartTime> {
     let step_us = mean_us(steps, |step| step.length);
     let part = |(name, what, of)| {
         let us = mean_us(steps, of);
-        PartTime {
+        let share = us / step_us;
+        (us > 0.0).then_some(PartTime {
             name,
             what,
             us,
-            share: us / step_us,
-        }
+            share,
+        })
     };
-    PARTS.into_iter().map(part).collect()
+    PARTS.into_iter().filter_map(part).collect()
 }
 
 /// Without the shortest and the longest quarter.
@@ -306,11 +330,15 @@ mod tests {
             let step = Label::new("decode-b2-kv256")
                 .with("phase", phase.name())
                 .with("sequences", *sequences);
+            add(host, part(StepPart::BlockTables), 1, 2);
+            add(host, part(StepPart::BlockTables), 6, 1);
             add(host, part(StepPart::Schedule), 0, 10);
+            add(host, part(StepPart::Launch), 13, 45);
+            add(host, part(StepPart::Sampling), 63, 2);
             add(host, part(StepPart::Submit), 12, 60);
             add(host, part(StepPart::Collect), 73, 2);
             add(device, Label::new("linear w"), 14, 40);
-            add(device, Label::new("sample"), 55, 7);
+            add(device, Label::new("sample"), 59, 4);
             add(device, step.clone(), 12, 63);
             add(host, part(StepPart::Detokenise), 80, 4);
             add(host, part(StepPart::Detokenise), 85, 3);
@@ -332,10 +360,12 @@ mod tests {
             .map(|part| (part.name, (part.us * 1e3).round() / 1e3))
             .collect();
         let expected = [
-            ("schedule", 10.0),
-            ("submit", 13.0),
+            ("schedule", 7.0),
+            ("block tables", 3.0),
+            ("submit", 9.0),
+            ("launch", 5.0),
             ("kernels", 40.0),
-            ("sampling", 7.0),
+            ("sampling", 6.0),
             ("collect", 2.0),
             ("take", 13.0),
             ("detokenise", 7.0),
@@ -345,6 +375,16 @@ mod tests {
         assert_eq!(found, expected);
         let shares: f64 = parts.iter().map(|part| part.share).sum();
         assert!((shares - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_a_device_does_not_do_is_no_part() {
+        let parts = parts(&[Step {
+            length: Duration::from_micros(10),
+            ..Step::default()
+        }]);
+        let names: Vec<&str> = parts.iter().map(|part| part.name).collect();
+        assert_eq!(names, ["rest"]);
     }
 
     #[test]

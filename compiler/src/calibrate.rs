@@ -14,14 +14,14 @@
 
 use crate::{
     CompileError, IntRows, Progress, Stored,
-    interpret::{Interpreter, Sums, Values},
+    interpret::{Interpreter, Layers, Sums, Values},
     product::dot,
     quantise::Grid,
 };
-use kiln_bundle::IntFormat;
+use kiln_bundle::{IntFormat, trace::Label};
 use kiln_ir::{Graph, Op, ValueId, WeightId};
 use rayon::prelude::*;
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 /// Added to the diagonal of H, as a share of its mean: inputs that hardly vary in the text would
 /// otherwise take up any error.
@@ -60,8 +60,10 @@ pub fn calibrate(
     // q, k and v have the same inputs.
     let mut factor: Option<(ValueId, Arc<Factor>)> = None;
     let mut done = 0;
+    let mut layers = Layers::new(graph, progress);
     for value in order {
         if done == matrices.len() {
+            layers.end();
             break;
         }
         if progress.cancelled() {
@@ -70,16 +72,23 @@ pub fn calibrate(
         if let Some(&(_, weight, format)) = matrices.iter().find(|(at, ..)| *at == value) {
             let operand = graph.operands(value)[0];
             let k = graph.weight(weight).shape[1];
+            let name = &graph.weight(weight).name;
+            let label = |work| Label::new(work).with("weight", name.as_str());
             let shared = match factor {
                 Some((of, shared)) if of == operand => shared,
                 _ => {
+                    let began = Instant::now();
                     let inputs = values.of[&operand].chunks(BLOCK_TOKENS * k);
-                    Arc::new(Factor::new(inputs, k))
+                    let factor = Arc::new(Factor::new(inputs, k));
+                    progress.worked(label("factor"), began);
+                    factor
                 }
             };
+            let began = Instant::now();
             let rows = stored.exact_rows(weight, 0..graph.weight(weight).shape[0])?;
             let rounded = shared.round(rows, format);
-            stored.replace(graph.weight(weight).name.clone(), rounded);
+            progress.worked(label("round"), began);
+            stored.replace(name.clone(), rounded);
             factor = Some((operand, shared));
             done += 1;
             progress.advance(done as u64, matrices.len() as u64);
@@ -90,6 +99,7 @@ pub fn calibrate(
             sequences: windows,
             sums: Sums::Narrow,
             values: &mut values,
+            layers: &mut layers,
         };
         interpreter.step(value)?;
     }

@@ -8,12 +8,12 @@
 
 use crate::{
     CompileError, Progress, Stored,
-    interpret::{Interpreter, Sums, Values},
+    interpret::{Interpreter, Layers, Sums, Values},
     product::product_into,
 };
 use kiln_ir::{Graph, Op, ValueId, WeightId};
 use rayon::prelude::*;
-use std::ops::Range;
+use std::{ops::Range, time::Instant};
 
 /// Logits that are held at a time.
 const BLOCK_LOGITS: usize = 8 << 20;
@@ -89,13 +89,16 @@ impl EvalText {
     ) -> Result<f64, CompileError> {
         let logit_rows = self.targets.iter().map(|(row, _)| *row).collect();
         let mut values = Values::new(graph, logit_rows);
+        let mut layers = Layers::new(graph, progress);
         for value in graph.schedule().unwrap_or_default() {
             if progress.cancelled() {
                 return Err(CompileError::Cancelled);
             }
             if let Some((hidden, head)) = head(graph).filter(|_| graph.logits == Some(value)) {
                 let hidden = &values.of[&hidden];
+                let began = Instant::now();
                 let nats = self.nats(graph, weights, hidden, head, progress, advance)?;
+                layers.evaluated(value, began);
                 return Ok((nats / self.scored as f64).exp());
             }
             let mut interpreter = Interpreter {
@@ -104,6 +107,7 @@ impl EvalText {
                 sequences: &self.sequences,
                 sums: Sums::Narrow,
                 values: &mut values,
+                layers: &mut layers,
             };
             interpreter.step(value)?;
             advance(self.node_work(graph, value));

@@ -10,8 +10,9 @@ use kiln_ir::{Activation, Graph, Linear, Norm, Op, Rows, Type, ValueId, WeightId
 use kiln_models::WeightError;
 
 use crate::{CompileError, Progress, Stored, product};
+use kiln_bundle::trace::Label;
 use rayon::prelude::*;
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Instant};
 
 /// Elements of a weight that are held at a time.
 const BLOCK_ELEMENTS: usize = 4 << 20;
@@ -71,6 +72,7 @@ pub fn interpret(
         sequences: &sequences,
         sums: Sums::Wide,
         values: &mut values,
+        layers: &mut Layers::new(graph, progress),
     };
     for value in graph.schedule().unwrap_or_default() {
         if progress.cancelled() {
@@ -144,18 +146,71 @@ impl Values {
 }
 
 /// Evaluates the nodes of a graph in their order, for sequences without a past.
-pub(crate) struct Interpreter<'a> {
+pub(crate) struct Interpreter<'a, 'g> {
     pub(crate) graph: &'a Graph,
     pub(crate) weights: &'a Stored<'a>,
     pub(crate) sequences: &'a [Vec<u32>],
     pub(crate) sums: Sums,
     pub(crate) values: &'a mut Values,
+    pub(crate) layers: &'a mut Layers<'g>,
 }
 
-impl Interpreter<'_> {
+/// Tells what of a graph's evaluation ran when: each product with a matrix, by the matrix's name, and
+/// around these each layer.
+pub(crate) struct Layers<'g> {
+    graph: &'g Graph,
+    progress: &'g dyn Progress,
+    /// Layers that are over, the embedding among them.
+    done: usize,
+    /// When the one at hand began.
+    began: Instant,
+}
+
+impl<'g> Layers<'g> {
+    /// Before the first node.
+    pub(crate) fn new(graph: &'g Graph, progress: &'g dyn Progress) -> Layers<'g> {
+        Layers {
+            graph,
+            progress,
+            done: 0,
+            began: Instant::now(),
+        }
+    }
+
+    /// A node that began then has been evaluated.
+    pub(crate) fn evaluated(&mut self, value: ValueId, began: Instant) {
+        if let Op::Matmul { weight } = self.graph.node(value).op {
+            let name = self.graph.weight(weight).name.clone();
+            self.progress.worked(Label::new(name), began);
+        }
+        let states = &self.graph.hidden_states;
+        let state = states.get(self.done).map(|state| state.value);
+        if state.or(self.graph.logits) == Some(value) {
+            self.end();
+        }
+    }
+
+    /// The layer at hand is over.
+    pub(crate) fn end(&mut self) {
+        let label = match self.done {
+            0 => Label::new("embed"),
+            layer if layer < self.graph.hidden_states.len() => {
+                Label::new(format!("layer {}", layer - 1))
+            }
+            _ => Label::new("head"),
+        };
+        self.progress.worked(label, self.began);
+        self.done += 1;
+        self.began = Instant::now();
+    }
+}
+
+impl Interpreter<'_, '_> {
     /// Evaluates a node whose operands have been.
     pub(crate) fn step(&mut self, value: ValueId) -> Result<(), WeightError> {
+        let began = Instant::now();
         let result = self.node(value)?;
+        self.layers.evaluated(value, began);
         self.values.of.insert(value, result);
         for operand in self.graph.operands(value) {
             self.values.release(operand);

@@ -8,6 +8,7 @@ use crate::{
 use kiln_bundle::{
     Activations, Bounds, BundleWriter, DType, Executable, FORMAT_VERSION, Limits, Manifest,
     ModelInfo, Phase, Program, SelfTest, TOKENIZER_FILE, Target, WeightFormat, packing::Layout,
+    trace::Label,
 };
 use kiln_ir::{Graph, WeightId, WeightSource};
 use kiln_models::{ModelConfig, Weights, build};
@@ -15,6 +16,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
+    time::Instant,
 };
 
 /// What came of a compilation.
@@ -282,14 +284,20 @@ fn evaluate(
     };
     let exact = ElementTypes::of(DType::F32, WeightFormat::F32);
     let exact = Stored::new(graph, weights, &exact, Calibrated::new());
+    let mut perplexity = |name, weights| {
+        let began = Instant::now();
+        let perplexity = text.perplexity(graph, weights, progress, &mut advance)?;
+        progress.worked(Label::new(name), began);
+        Ok::<f64, CompileError>(perplexity)
+    };
     Ok(Evaluated {
         text_tokens,
         tokens: text.scored + 1,
         scored: text.scored,
         window: text.window,
         stride: text.stride,
-        perplexity_before: text.perplexity(graph, &exact, progress, &mut advance)?,
-        perplexity_after: text.perplexity(graph, stored, progress, &mut advance)?,
+        perplexity_before: perplexity("weights of the checkpoint", &exact)?,
+        perplexity_after: perplexity("weights of the bundle", stored)?,
     })
 }
 

@@ -342,13 +342,12 @@ impl Engine {
         let began = self.recorder.now();
         while self.in_flight.len() <= self.device.pipeline_depth() {
             let scheduling = self.recorder.now();
-            let plan = self.scheduler.plan(&mut self.step);
+            let plan = self.scheduler.plan(&mut self.step, &mut self.recorder);
             self.recorder.part(StepPart::Schedule, scheduling);
             let Some(plan) = plan else {
                 break;
             };
-            self.step.observe.kernel_times =
-                self.recorder.is_on() && self.device.times_in_passing();
+            self.step.observe.times = self.recorder.is_on();
             let submitted = Instant::now();
             for planned in &plan.sequences {
                 if let Some(active) = self.active.get_mut(&planned.id.request) {
@@ -357,6 +356,7 @@ impl Engine {
                 }
             }
             let id = self.device.submit(&self.step)?;
+            self.recorder.submitted(self.device.submit_parts());
             self.recorder.part(StepPart::Submit, Some(submitted));
             self.in_flight.push_back(InFlight {
                 id,
@@ -495,8 +495,11 @@ impl Engine {
         let Run::Beams(search) = &mut active.run else {
             return;
         };
+        let choosing = self.recorder.now();
         let next = search.advance(&mut rows);
-        if let Some(position) = rows.failed_at {
+        let failed_at = rows.failed_at;
+        self.recorder.part(StepPart::Sampling, choosing);
+        if let Some(position) = failed_at {
             self.fail(request, position, events);
         } else if let Some(next) = next {
             self.scheduler.branch(id, &next);
@@ -941,11 +944,59 @@ mod tests {
                 let prefills = steps.iter().filter(|s| s.label.arg("phase") == prefill);
                 assert_eq!(prefills.count() as u64, stats.prefill.steps);
             }
-            for part in StepPart::ALL {
-                let mut spans = trace.spans().iter();
-                assert!(spans.any(|span| span.label.name == part.name()), "{part:?}");
+            let of = |part: StepPart| {
+                let spans = trace.spans().iter();
+                let spans = spans.filter(move |span| span.label.name == part.name());
+                spans.collect::<Vec<&Span>>()
+            };
+            let inside = [
+                (StepPart::BlockTables, StepPart::Schedule),
+                (StepPart::Launch, StepPart::Submit),
+                (StepPart::Detokenise, StepPart::Take),
+            ];
+            for (inner, outer) in inside {
+                let outers = of(outer);
+                assert!(!outers.is_empty() && !of(inner).is_empty(), "{inner:?}");
+                let holds = |outer: &&&Span, inner: &Span| {
+                    outer.start <= inner.start && inner.end() <= outer.end()
+                };
+                for span in of(inner) {
+                    assert!(outers.iter().any(|o| holds(&o, span)), "{span:?}");
+                }
+            }
+            let steps = (stats.prefill.steps + stats.decode.steps) as usize;
+            for part in [StepPart::Submit, StepPart::Launch, StepPart::Collect] {
+                assert_eq!(of(part).len(), steps, "{part:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_step_that_is_not_recorded_asks_for_no_times() {
+        let mut engine = engine(4, 40, 0);
+        engine
+            .submit(Request::new(Prompt::Ids(vec![1, 2])))
+            .unwrap();
+        engine.step().unwrap();
+        assert_eq!(engine.device.submit_parts(), []);
+        engine.record(Trace::new(), &manifest(20, 4, MAX_SEQ_LEN));
+        engine.step().unwrap();
+        assert_eq!(engine.device.submit_parts().len(), 1);
+    }
+
+    #[test]
+    fn the_choice_of_a_search_is_recorded() {
+        let mut engine = engine(4, 40, 0);
+        engine.record(Trace::new(), &manifest(20, 4, MAX_SEQ_LEN));
+        let mut request = Request::new(Prompt::Ids(vec![1, 2]));
+        request.max_new_tokens = Some(3);
+        request.beams = Some(BeamParams::new(2));
+        engine.submit(request).unwrap();
+        run(&mut engine);
+        let trace = engine.take_trace().unwrap();
+        let sampling = StepPart::Sampling.name();
+        let mut spans = trace.spans().iter();
+        assert!(spans.any(|span| span.label.name == sampling));
     }
 
     #[test]

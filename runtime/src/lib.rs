@@ -125,7 +125,7 @@ pub use conversation::Conversation;
 pub use device::LoadOptions;
 pub use engine::{Engine, EngineError, Event, PhaseStats, Stats};
 pub use kv::{BlockCopy, BlockPool, Prefix, blocks_for};
-pub use record::{DEVICE_TRACK, HOST_TRACK, StepPart};
+pub use record::{DEVICE_TRACK, HOST_TRACK, STREAM, StepPart};
 pub use request::{
     DEFAULT_MAX_NEW_TOKENS, Embedding, Layers, MAX_BEAMS, Outputs, Pooling, Prompt, Request,
     RequestError,

@@ -1,10 +1,11 @@
 //! What the engine notes of its steps, while it is asked to.
 //!
 //! The host's track has a span for each call of [`Engine::step`](crate::Engine::step), named by the
-//! executable whose step it took in, and inside it the parts that it went through. The device's track
-//! has a span for each step, and inside it its kernels, where the device tells their times.
+//! executable whose step it took in, and inside it the parts that it went through: those of the engine,
+//! of the scheduler and of the device's `submit`. The device's track has a span for each step, and inside
+//! it its kernels, where the device tells their times.
 
-use crate::device::StepOutput;
+use crate::device::{StepOutput, SubmitPart};
 use crate::scheduler::Plan;
 use kiln_bundle::trace::{Label, Trace, Track};
 use kiln_bundle::{Executable, KernelSpec, Manifest};
@@ -16,14 +17,25 @@ use std::time::Instant;
 pub const HOST_TRACK: &str = "host";
 /// The track of what the device runs.
 pub const DEVICE_TRACK: &str = "device";
+/// The span, after a call of [`Engine::step`](crate::Engine::step), of handing its events on, for callers
+/// to [`note`](crate::Engine::note).
+pub const STREAM: &str = "stream";
 
 /// A part of [`Engine::step`](crate::Engine::step).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StepPart {
-    /// Choosing sequences and executable, giving out KV blocks, filling the step.
+    /// Choosing sequences and executable, filling the step.
     Schedule,
+    /// Inside of that: finding, giving out and taking back KV blocks, and noting what they hold.
+    BlockTables,
     /// Handing the step to the device; on the CPU, running it.
     Submit,
+    /// Inside of that: what it takes of the host to have kernels run. On a GPU the calls of the driver,
+    /// on the CPU the walk over the kernels, around them.
+    Launch,
+    /// Choosing tokens, or the continuations of a search, where it is the host that does it apart from the
+    /// device's kernels: inside of [`StepPart::Submit`] or [`StepPart::Take`].
+    Sampling,
     /// Waiting for the oldest step.
     Collect,
     /// Handing its tokens to their requests.
@@ -34,9 +46,12 @@ pub enum StepPart {
 
 impl StepPart {
     /// All of them.
-    pub const ALL: [StepPart; 5] = [
+    pub const ALL: [StepPart; 8] = [
         StepPart::Schedule,
+        StepPart::BlockTables,
         StepPart::Submit,
+        StepPart::Launch,
+        StepPart::Sampling,
         StepPart::Collect,
         StepPart::Take,
         StepPart::Detokenise,
@@ -46,7 +61,10 @@ impl StepPart {
     pub const fn name(self) -> &'static str {
         match self {
             StepPart::Schedule => "schedule",
+            StepPart::BlockTables => "block tables",
             StepPart::Submit => "submit",
+            StepPart::Launch => "launch",
+            StepPart::Sampling => "sampling",
             StepPart::Collect => "collect",
             StepPart::Take => "take",
             StepPart::Detokenise => "detokenise",
@@ -122,6 +140,18 @@ impl Recorder {
         if let (Some(recording), Some(began)) = (&mut self.0, began) {
             let label = recording.parts[part as usize].clone();
             recording.add(recording.host, label, began);
+        }
+    }
+
+    /// What a device did within `submit`.
+    pub(crate) fn submitted(&mut self, parts: &[SubmitPart]) {
+        let Some(recording) = &mut self.0 else { return };
+        for SubmitPart { part, ran } in parts {
+            let label = recording.parts[*part as usize].clone();
+            let length = ran.end - ran.start;
+            recording
+                .trace
+                .add(recording.host, label, ran.start, length);
         }
     }
 

@@ -322,7 +322,7 @@ impl Request {
         Observe {
             logits: *logits,
             hidden_states: *hidden_states != Layers::None || embedding.is_some(),
-            kernel_times: false,
+            ..Observe::default()
         }
     }
 

@@ -26,6 +26,7 @@
 use crate::completion::RequestId;
 use crate::device::{Extent, LogitRows, Observe, SequenceStep, Step, Tokens};
 use crate::kv::{BlockCopy, BlockPool, Prefix, blocks_for};
+use crate::record::{Recorder, StepPart};
 use crate::sampling::{BeamDraw, Draw, DrawParams, Rules, Suppression};
 use kiln_bundle::{Bounds, Executable, Limits, Phase};
 use std::collections::VecDeque;
@@ -255,6 +256,10 @@ impl Sequence {
         phase
     }
 
+    fn decodes(&self) -> bool {
+        self.phase() == Some(Phase::Decode)
+    }
+
     /// Whether something is chosen after the tokens up to a position.
     fn draws_at(&self, end: usize) -> bool {
         end == self.len() && self.draws_more()
@@ -322,14 +327,7 @@ impl Sequence {
     }
 
     /// Adds the next `len` tokens of branches to a step.
-    fn feed(
-        &mut self,
-        branches: Range<usize>,
-        len: usize,
-        pool: &mut BlockPool,
-        step: &mut Step,
-        plan: &mut Plan,
-    ) {
+    fn feed(&mut self, branches: Range<usize>, len: usize, step: &mut Step, plan: &mut Plan) {
         let by_engine = self.new.pick.is_by_engine();
         let mut draws = false;
         for index in branches.clone() {
@@ -371,7 +369,6 @@ impl Sequence {
         }
         for branch in &mut self.branches[branches] {
             branch.computed += len;
-            branch.record(pool);
             self.observed = self.observed.max(branch.computed);
         }
         if draws {
@@ -459,10 +456,10 @@ impl Scheduler {
 
     /// Fills `step` with what is to run next; none when there is nothing, or nothing before a step
     /// in flight is collected.
-    pub(crate) fn plan(&mut self, step: &mut Step) -> Option<Plan> {
+    pub(crate) fn plan(&mut self, step: &mut Step, recorder: &mut Recorder) -> Option<Plan> {
         // A round that only sends sequences back to the queue is followed by one that takes them up.
         for _ in 0..2 {
-            self.admit();
+            self.admit(recorder);
             let any = |phase| self.running.iter().any(|s| s.phase() == Some(phase));
             let (prefill, decode) = (any(Phase::Prefill), any(Phase::Decode));
             let prefill_first = !decode || self.last_phase == Phase::Decode;
@@ -478,11 +475,19 @@ impl Scheduler {
                 };
                 match phase {
                     Phase::Prefill => self.fill_prefill(step, &mut plan),
-                    Phase::Decode => self.fill_decode(step, &mut plan),
+                    Phase::Decode => {
+                        let began = recorder.now();
+                        self.prepare_decode();
+                        recorder.part(StepPart::BlockTables, began);
+                        self.fill_decode(step, &mut plan);
+                    }
                 }
                 if plan.sequences.is_empty() {
                     continue;
                 }
+                let began = recorder.now();
+                self.record_blocks();
+                recorder.part(StepPart::BlockTables, began);
                 step.executable = self.choose(phase, &step.extent())?;
                 step.copies.append(&mut self.copies);
                 self.last_phase = phase;
@@ -582,7 +587,7 @@ impl Scheduler {
 
     /// Starts waiting sequences while there are slots, and blocks for all that they will be
     /// prefilled with and for one more of every running branch.
-    fn admit(&mut self) {
+    fn admit(&mut self, recorder: &mut Recorder) {
         let mut index = 0;
         while let Some(sequence) = self.waiting.get(index) {
             if sequence
@@ -597,7 +602,9 @@ impl Scheduler {
             if sequence.pending > 0 || slots > self.free_slots.len() {
                 return;
             }
+            let began = recorder.now();
             let start = Start::of(sequence, &self.pool);
+            recorder.part(StepPart::BlockTables, began);
             let branches = self.running.iter().map(|other| other.branches.len());
             let spare: usize = branches.sum();
             if start.blocks + spare > self.pool.free_blocks() {
@@ -606,7 +613,9 @@ impl Scheduler {
             let Some(mut sequence) = self.waiting.remove(index) else {
                 return;
             };
+            let began = recorder.now();
             start.take(&mut sequence, &mut self.pool, &mut self.copies);
+            recorder.part(StepPart::BlockTables, began);
             let slots = self.free_slots.len() - slots..;
             sequence.slots = self.free_slots.drain(slots).collect();
             let place = self.running.partition_point(|other| other.id < sequence.id);
@@ -665,31 +674,42 @@ impl Scheduler {
             if len == 0 {
                 break;
             }
-            sequence.feed(branch..branch + 1, len, &mut self.pool, step, plan);
+            sequence.feed(branch..branch + 1, len, step, plan);
             if let Some(planned) = plan.sequences.last() {
                 extent.add(planned.start, len, planned.logit_rows);
             }
         }
     }
 
-    fn fill_decode(&mut self, step: &mut Step, plan: &mut Plan) {
+    /// Gives every decoding sequence the blocks of its next position.
+    fn prepare_decode(&mut self) {
         let mut index = 0;
         while let Some(sequence) = self.running.get_mut(index) {
-            if sequence.phase() != Some(Phase::Decode) {
-                index += 1;
-                continue;
-            }
             let (pool, copies) = (&mut self.pool, &mut self.copies);
-            let ready = sequence.branches.iter_mut().all(|branch| {
+            let mut prepare = |branch: &mut Branch| {
                 let new = branch.computed..branch.computed + 1;
                 pool.prepare(&mut branch.block_table, new, copies)
-            });
-            if ready {
-                sequence.feed(0..sequence.branches.len(), 1, pool, step, plan);
+            };
+            if !sequence.decodes() || sequence.branches.iter_mut().all(&mut prepare) {
                 index += 1;
             } else {
-                // The youngest is this one or one that comes later: none that is in the step.
+                // The youngest is this one or one that comes later: none that has its blocks.
                 self.preempt_youngest();
+            }
+        }
+    }
+
+    fn fill_decode(&mut self, step: &mut Step, plan: &mut Plan) {
+        for sequence in self.running.iter_mut().filter(|s| s.decodes()) {
+            sequence.feed(0..sequence.branches.len(), 1, step, plan);
+        }
+    }
+
+    /// Tells the pool what the steps so far have put into blocks.
+    fn record_blocks(&mut self) {
+        for sequence in &mut self.running {
+            for branch in &mut sequence.branches {
+                branch.record(&mut self.pool);
             }
         }
     }

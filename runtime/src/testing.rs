@@ -1,14 +1,16 @@
 //! A small model's manifest, and a device that pretends to run it.
 
 use crate::device::{
-    Device, DeviceError, DeviceFacts, MemoryNeed, Step, StepId, StepOutput, Tokens,
+    Device, DeviceError, DeviceFacts, MemoryNeed, Step, StepId, StepOutput, SubmitPart, Tokens,
 };
+use crate::record::StepPart;
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     BLOCK_TOKENS, Bounds, DType, Executable, FORMAT_VERSION, Limits, Manifest, ModelInfo, Phase,
     SelfTest, Target, WeightFormat, packing::Layout,
 };
 use std::collections::VecDeque;
+use std::time::Instant;
 
 pub(crate) const VOCAB: u32 = 300;
 pub(crate) const LAYERS: u32 = 2;
@@ -104,6 +106,7 @@ pub(crate) struct FakeDevice {
     last_sampled: Vec<u32>,
     sampler: Sampler,
     outputs: VecDeque<(StepId, StepOutput)>,
+    submit_parts: Vec<SubmitPart>,
     next_step: u64,
     /// A token whose logits are no numbers.
     pub(crate) poison: Option<u32>,
@@ -128,6 +131,7 @@ impl FakeDevice {
             last_sampled: vec![u32::MAX; slots as usize],
             sampler: Sampler::default(),
             outputs: VecDeque::new(),
+            submit_parts: Vec::new(),
             next_step: 0,
             poison: None,
         }
@@ -166,6 +170,7 @@ impl Device for FakeDevice {
             self.outputs.len() <= self.depth,
             "a step too many in flight"
         );
+        let began = Instant::now();
         let executable = &self.executables[step.executable];
         assert!(
             step.extent().fits(&executable.bounds),
@@ -232,10 +237,22 @@ impl Device for FakeDevice {
         if !step.observe.hidden_states {
             output.hidden_states.clear();
         }
+        let launched = SubmitPart {
+            part: StepPart::Launch,
+            ran: began..Instant::now(),
+        };
+        self.submit_parts = match step.observe.times {
+            true => vec![launched],
+            false => Vec::new(),
+        };
         let id = StepId(self.next_step);
         self.next_step += 1;
         self.outputs.push_back((id, output));
         Ok(id)
+    }
+
+    fn submit_parts(&self) -> &[SubmitPart] {
+        &self.submit_parts
     }
 
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError> {

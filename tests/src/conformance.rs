@@ -302,7 +302,7 @@ impl World {
         step.observe = Observe {
             logits: true,
             hidden_states: true,
-            kernel_times: false,
+            ..Observe::default()
         };
         step.executable = executable(device, phase, &step);
         step

@@ -1,4 +1,4 @@
-//! `kiln-perf instructions`: counts what kernels execute, and compares with what they did.
+//! `kiln-perf instructions`: counts what kernels and steps execute, and compares with what they did.
 
 use super::{figures, print};
 use crate::instructions::{Counts, Difference, TOLERANCE, count, differences, run_cases};
@@ -20,17 +20,20 @@ pub(super) struct InstructionsArgs {
     /// Writes the counts as the new baseline
     #[arg(long)]
     update: bool,
-    /// What runs under valgrind
-    #[arg(long, hide = true)]
-    cases: bool,
+    /// Checkpoint directory of the model whose steps are counted
+    #[arg(long, value_name = "DIR", default_value = "tests/fixtures/tiny-opt")]
+    model: PathBuf,
+    /// What runs under valgrind, on the bundles in this directory
+    #[arg(long, value_name = "DIR", hide = true)]
+    cases: Option<PathBuf>,
 }
 
 pub(super) fn run(args: &InstructionsArgs) -> anyhow::Result<ExitCode> {
-    if args.cases {
-        print(&run_cases()?)?;
+    if let Some(bundles) = &args.cases {
+        print(&run_cases(bundles)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let new = count()?;
+    let new = count(&args.model)?;
     let file = args.baseline.display();
     if args.update {
         let text = serde_json::to_string_pretty(&new)? + "\n";
@@ -54,19 +57,19 @@ pub(super) fn run(args: &InstructionsArgs) -> anyhow::Result<ExitCode> {
     let failed = differences.iter().filter(|d| d.fails()).count();
     if failed > 0 {
         bail!(
-            "{failed} kernels need over {:.0}% more instructions than in {file}, or are not in it; where \
+            "{failed} kernels or steps need over {:.0}% more instructions than in {file}, or are not in it; where \
              that is meant, renew it: scripts/perf-gate --update",
             100.0 * TOLERANCE
         );
     }
     if differences.iter().any(Difference::is_better) {
-        eprintln!("some kernels need less; keep it so: scripts/perf-gate --update");
+        eprintln!("some need less; keep it so: scripts/perf-gate --update");
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn text_of(differences: &[Difference]) -> comfy_table::Table {
-    let mut table = figures(&["kernel", "old", "new", "ratio", ""], 1);
+    let mut table = figures(&["kernel or step", "old", "new", "ratio", ""], 1);
     for difference in differences {
         let count = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), |n| n.to_string());
         let ratio = difference.ratio().map(|ratio| format!("{ratio:.4}"));

@@ -31,7 +31,7 @@ enum Command {
     Report(report::ReportArgs),
     /// Tell where the host's time goes in a decode step
     Overhead(overhead::OverheadArgs),
-    /// Count what CPU kernels execute, with valgrind, and fail where it has become more
+    /// Count what CPU kernels and whole steps execute, with valgrind, and fail where it has become more
     Instructions(instructions::InstructionsArgs),
 }
 

@@ -363,6 +363,7 @@ mod tests {
         };
         Target {
             name: "sm_90a".to_owned(),
+            activations: None,
             weights: WeightFormat::F16,
             exceptions: Default::default(),
             tables: DType::F16,

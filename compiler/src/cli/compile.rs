@@ -101,8 +101,9 @@ pub struct Arguments {
     /// Threads to compile with [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: Option<u16>,
-    /// Write what ran when: the stages, the kernels compiled, the tensors packed. Chrome trace JSON, for
-    /// chrome://tracing and ui.perfetto.dev
+    /// Write what ran when: the stages, the layers and matrices that texts and the self-test go through,
+    /// the kernels compiled, the tensors packed. Chrome trace JSON, for chrome://tracing and
+    /// ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Print times and sizes as JSON.
@@ -215,7 +216,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let manifest = &compiled.manifest;
     let (trace, stages) = bar.finish();
     if let Some(file) = trace_file {
-        file.finish(|to| trace.write(to))?;
+        file.finish(|to| trace.write("kilnc compile", to))?;
     }
     for note in &compiled.notes {
         eprintln!("note: {note}");

@@ -5,7 +5,7 @@ use crate::{
     ALIGN_BYTES, DType, FORMAT_VERSION, FileRecord, MANIFEST_FILE, Manifest, ManifestError,
     TOKENIZER_FILE, Target, WeightRole,
 };
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::{
@@ -338,6 +338,25 @@ impl WeightFile {
         return self.map.lock();
         #[cfg(not(unix))]
         return Err(io::ErrorKind::Unsupported.into());
+    }
+
+    /// The file in memory of its own, which `copy` fills: from the file's bytes, to as many.
+    ///
+    /// # Errors
+    /// When the system has no memory for it.
+    pub fn copied(self, copy: impl FnOnce(&[u8], &mut [u8])) -> io::Result<WeightFile> {
+        let mut memory = MmapMut::map_anon(self.map.len())?;
+        // A huge page would be of one thread, and so of one memory node, where several fill it.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::NoHugePage);
+        copy(&self.map, &mut memory);
+        let map = memory.make_read_only()?;
+        Ok(WeightFile { map, ..self })
+    }
+
+    /// Where a tensor's bytes lie in the file.
+    pub fn range(&self, name: &str) -> Option<std::ops::Range<usize>> {
+        self.tensors.get(name).map(|tensor| tensor.range.clone())
     }
 
     /// A tensor by name.

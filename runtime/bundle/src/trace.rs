@@ -160,10 +160,11 @@ impl Trace {
     }
 
     /// Writes it as Chrome trace JSON, an event a line, sorted by time; times are in microseconds.
+    /// `process` is the name of the program.
     ///
     /// # Errors
     /// What `to` gives.
-    pub fn write(&self, mut to: impl Write) -> io::Result<()> {
+    pub fn write(&self, process: &str, mut to: impl Write) -> io::Result<()> {
         to.write_all(b"{\"traceEvents\":[")?;
         let mut events = 0;
         let mut write = |event: &Event<'_>| {
@@ -174,6 +175,8 @@ impl Trace {
         // Of spans that start together, the outer ones come first.
         let mut sorted: Vec<&Span> = self.spans.iter().collect();
         sorted.sort_by_key(|span| (span.start, std::cmp::Reverse(span.length)));
+        let name = [("name", Arg::from(process))];
+        write(&Event::metadata("process_name", Track(1), &name))?;
         for (index, name) in (1..).zip(&self.tracks) {
             let name = [("name", Arg::Text(name.clone()))];
             let order = [("sort_index", Arg::Number(index.into()))];
@@ -245,8 +248,15 @@ fn as_map<S: Serializer>(args: &&[(&'static str, Arg)], to: S) -> Result<S::Ok, 
     to.collect_map(args.iter().map(|(name, value)| (name, value)))
 }
 
+/// Perfetto multiplies by a thousand and cuts to nanoseconds, and drops a span that sticks out of another
+/// one; so what it gets is the least number that it makes these nanoseconds of.
 fn microseconds(time: Duration) -> f64 {
-    time.as_nanos() as f64 / 1e3
+    let nanoseconds = time.as_nanos();
+    let nearest = nanoseconds as f64 / 1e3;
+    match ((nearest * 1e3) as u128) < nanoseconds {
+        true => nearest.next_up(),
+        false => nearest,
+    }
 }
 
 #[cfg(test)]
@@ -256,7 +266,7 @@ mod tests {
 
     fn written(trace: &Trace) -> Value {
         let mut bytes = Vec::new();
-        trace.write(&mut bytes).unwrap();
+        trace.write("kiln", &mut bytes).unwrap();
         serde_json::from_slice(&bytes).unwrap()
     }
 
@@ -279,7 +289,10 @@ mod tests {
             .with("tokens", 3);
         trace.add(host, outer, began + us(5), Duration::from_nanos(2500));
         trace.add(device, inner, began, us(7));
+        let process = json!({"ph": "M", "name": "process_name", "pid": 1, "tid": 1,
+            "args": {"name": "kiln"}});
         let expected = json!({"traceEvents": [
+            process,
             {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "host"}},
             {"ph": "M", "name": "thread_sort_index", "pid": 1, "tid": 1, "args": {"sort_index": 1}},
             {"ph": "M", "name": "thread_name", "pid": 1, "tid": 2, "args": {"name": "device"}},
@@ -290,7 +303,19 @@ mod tests {
             {"ph": "X", "name": "inner", "ts": 5.0, "dur": 1.0, "pid": 1, "tid": 1, "args": {}},
         ]});
         assert_eq!(written(&trace), expected);
-        assert_eq!(written(&Trace::new()), json!({"traceEvents": []}));
+        assert_eq!(written(&Trace::new()), json!({"traceEvents": [process]}));
+    }
+
+    #[test]
+    fn viewers_that_cut_to_nanoseconds_get_them() {
+        let mut cut_short = 0;
+        let far = (0..2000).map(|at| 3_600_000_000_000 + 7919 * at);
+        for ns in (0..20_000).chain(far) {
+            let us = microseconds(Duration::from_nanos(ns));
+            assert_eq!((us * 1e3) as u64, ns);
+            cut_short += u32::from((ns as f64 / 1e3 * 1e3) as u64 != ns);
+        }
+        assert!(cut_short > 0, "there is nothing to mend");
     }
 
     #[test]

@@ -8,7 +8,9 @@ use super::{interactive, interrupt};
 use anyhow::{Context, bail};
 use clap::ArgGroup;
 use kiln_bundle::{WholeFile, trace::Trace};
-use kiln_runtime::{Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId};
+use kiln_runtime::{
+    Completion, Engine, Event, Layers, Outputs, Prompt, Request, RequestId, STREAM,
+};
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
@@ -164,7 +166,7 @@ pub(super) fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let mut printer = Printer::new(io::stdout().lock(), args.json, load_time);
     let failed = batch.generate(&mut engine, &mut printer, &mut files)?;
     if let Some((file, trace)) = trace_file.zip(engine.take_trace()) {
-        file.finish(|to| trace.write(to))?;
+        file.finish(|to| trace.write("kiln generate", to))?;
     }
     if interrupt::interrupted() && !engine.is_idle() {
         let (done, all) = (printer.printed(), batch.running.len());
@@ -311,7 +313,7 @@ impl Batch {
                     }
                 }
             }
-            engine.note("print", began);
+            engine.note(STREAM, began);
         }
         Ok(failed)
     }

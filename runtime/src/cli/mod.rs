@@ -68,10 +68,21 @@ struct DeviceArgs {
     /// Keep each thread of the CPU device on a core of its own; for machines that do nothing else
     #[arg(long)]
     pin: bool,
+    /// auto: where the machine has several memory nodes, keep the CPU device's threads on them in order, and
+    /// copy the weights so that each thread has its share in the memory of its node; Linux alone
+    #[arg(long, value_name = "auto|off", default_value = "off")]
+    numa: Numa,
     /// Launches a GPU's kernels one by one: slower than replaying recorded graphs, with the same
     /// results
     #[arg(long)]
     no_graphs: bool,
+}
+
+/// Whether memory nodes are looked at.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Numa {
+    Auto,
+    Off,
 }
 
 /// Runs the command and reports its error.
@@ -136,6 +147,7 @@ fn load(path: &Path, args: &DeviceArgs) -> anyhow::Result<Loaded> {
             kv_cache_bytes,
             lock_weights: args.mlock,
             pin_threads: args.pin,
+            by_node: args.numa == Numa::Auto,
         },
         cuda: CudaOptions {
             kv_cache_bytes,

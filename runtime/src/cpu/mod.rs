@@ -20,6 +20,7 @@ mod embed;
 mod fixed;
 mod linear;
 mod matrix;
+mod nodes;
 mod norm;
 mod peak;
 mod pool;
@@ -36,6 +37,7 @@ pub use attention::{Attention, KvCache, KvCacheMut, Sequence, attention, write_k
 pub use bandwidth::{BANDWIDTH_BYTES, Bandwidth, read_bandwidth};
 pub use embed::{Embedding, PositionTable, embed};
 pub use linear::{Activation, Linear, Residual, linear};
+pub use nodes::Nodes;
 pub use norm::{Norm, layer_norm};
 pub use peak::{Peak, peak};
 pub use pool::{ThreadPool, partition, physical_cores};

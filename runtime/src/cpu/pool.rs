@@ -80,9 +80,19 @@ impl ThreadPool {
             let problem = format!("cores that this thread may use: {}", cores.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
         }
+        let places: Vec<Vec<usize>> = cores.into_iter().map(|core| vec![core]).collect();
+        self.bind(&places)
+    }
+
+    /// Keeps every thread, the caller included, on CPUs of its own list from now on, and so what threads
+    /// the caller starts later. There is a list for each thread.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn bind(&self, places: &[Vec<usize>]) -> io::Result<()> {
         let refused = Mutex::new(None);
         self.run(|thread| {
-            if let Err(error) = affinity::pin(cores[thread]) {
+            if let Err(error) = affinity::bind(&places[thread]) {
                 *refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             }
         });
@@ -315,14 +325,16 @@ mod affinity {
             .collect()
     }
 
-    /// Keeps this thread on one CPU.
-    pub(super) fn pin(cpu: usize) -> std::io::Result<()> {
+    /// Keeps this thread on these CPUs.
+    pub(super) fn bind(cpus: &[usize]) -> std::io::Result<()> {
         let mut set = empty();
-        if cpu >= 8 * size_of::<libc::cpu_set_t>() {
-            return Err(std::io::ErrorKind::InvalidInput.into());
+        for &cpu in cpus {
+            if cpu >= 8 * size_of::<libc::cpu_set_t>() {
+                return Err(std::io::ErrorKind::InvalidInput.into());
+            }
+            // SAFETY: `cpu` is below the number of bits in the set.
+            unsafe { libc::CPU_SET(cpu, &mut set) };
         }
-        // SAFETY: `cpu` is below the number of bits in the set.
-        unsafe { libc::CPU_SET(cpu, &mut set) };
         // SAFETY: the kernel reads at most the size given from `set`.
         match unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) } {
             0 => Ok(()),
@@ -343,7 +355,7 @@ mod affinity {
         (0..std::thread::available_parallelism().map_or(1, |n| n.get())).collect()
     }
 
-    pub(super) fn pin(_: usize) -> std::io::Result<()> {
+    pub(super) fn bind(_: &[usize]) -> std::io::Result<()> {
         Err(std::io::ErrorKind::Unsupported.into())
     }
 }

@@ -22,12 +22,13 @@ pub use cuda::{CudaDevice, CudaOptions};
 pub use memory::available_bytes;
 
 use crate::kv::BlockCopy;
+use crate::record::StepPart;
 use crate::sampling::{BeamDraw, Continuation, Draw, DrawParams, Rules};
 use cuda::{DriverError, NvidiaGpu};
 use kiln_bundle::{BundleError, Executable};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Runs the executables of one target of a bundle.
 pub trait Device: Send {
@@ -52,6 +53,12 @@ pub trait Device: Send {
     /// # Errors
     /// A step outside its executable's bounds, or a failure of the device.
     fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError>;
+
+    /// What the last `submit` did when, of that which is a part of its own; nothing where
+    /// [`Observe::times`] was not asked for.
+    fn submit_parts(&self) -> &[SubmitPart] {
+        &[]
+    }
 
     /// Waits for a submitted step. Steps are collected in the order of their submission, each once.
     ///
@@ -115,6 +122,15 @@ impl MemoryNeed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StepId(pub u64);
 
+/// When a device did a part of `submit`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubmitPart {
+    /// [`StepPart::Launch`] or [`StepPart::Sampling`].
+    pub part: StepPart,
+    /// From when to when.
+    pub ran: Range<Instant>,
+}
+
 /// One run of an executable.
 ///
 /// The lists of all sequences are kept end to end, so that a step that is filled again and again
@@ -141,8 +157,10 @@ pub struct Observe {
     pub logits: bool,
     /// Every row of the L+1 hidden states.
     pub hidden_states: bool,
-    /// How long each kernel takes, where the device can tell. Unless it tells so in passing
-    /// ([`Device::times_in_passing`]), kernels then run one after another, and the step is waited for.
+    /// When the parts of `submit` run, and each kernel where that costs it nothing.
+    pub times: bool,
+    /// How long each kernel takes, where the device can tell. On a GPU kernels then run one after another,
+    /// and the step is waited for.
     pub kernel_times: bool,
 }
 

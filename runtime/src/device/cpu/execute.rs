@@ -5,16 +5,18 @@ use crate::cpu::{
     self, Activation, Attention, Embedding, PackedMatrix, PositionTable, Rows, RowsMut,
     Sequence as Ragged, Storage, StorageError,
 };
-use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, Tokens};
+use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, SubmitPart, Tokens};
+use crate::record::StepPart;
 use crate::sampling::{Sampler, Taken};
 use kiln_bundle::{
     Activations, BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind,
-    Target, TensorView, WeightFile, WeightFormat,
+    Target, TensorView, WeightFile, WeightFormat, packing::panels,
 };
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::time::Instant;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A step's lists in the form that kernels take.
 #[derive(Debug, Default)]
@@ -164,6 +166,41 @@ impl Weights {
         self.file.bytes()
     }
 
+    /// Copies them into memory near the threads that read them in decode steps: each thread its share of
+    /// the panels of each matrix, which [`cpu::linear`] gives it there.
+    pub(super) fn copied_by(
+        mut self,
+        target: &Target,
+        pool: &cpu::ThreadPool,
+    ) -> io::Result<Weights> {
+        let shares = self.shares(target, pool.threads());
+        self.file = self.file.copied(|from, to| copy(from, to, &shares, pool))?;
+        Ok(self)
+    }
+
+    /// Parts of the file, in its order, and the thread of each; what is in none is nobody's.
+    pub(super) fn shares(&self, target: &Target, threads: usize) -> Vec<(Range<usize>, usize)> {
+        let kernels = target.programs.iter().flat_map(|program| &program.kernels);
+        let linears = kernels.filter_map(KernelSpec::linear);
+        let matrices: BTreeMap<&str, usize> = linears
+            .map(|linear| (linear.weight.as_str(), panels(linear.out_features as usize)))
+            .collect();
+        let mut shares = Vec::new();
+        for (name, panels) in matrices {
+            let Some(matrix) = self.file.range(name) else {
+                continue;
+            };
+            let panel_bytes = matrix.len() / panels;
+            for thread in 0..threads {
+                let share = cpu::partition(panels, threads, thread);
+                let at = |panel: usize| matrix.start + panel * panel_bytes;
+                shares.push((at(share.start)..at(share.end), thread));
+            }
+        }
+        shares.sort_unstable_by_key(|(range, _)| (range.start, range.end));
+        shares
+    }
+
     /// See [`WeightFile::lock`].
     pub(super) fn lock(&self) -> io::Result<()> {
         self.file.lock()
@@ -267,6 +304,32 @@ impl Weights {
     }
 }
 
+/// Copies all of a file, each share by its thread and what is in none by the first one.
+fn copy(from: &[u8], to: &mut [u8], shares: &[(Range<usize>, usize)], pool: &cpu::ThreadPool) {
+    type Pieces<'a> = Vec<(&'a [u8], &'a mut [u8])>;
+    let mut pieces: Vec<Pieces<'_>> = (0..pool.threads()).map(|_| Vec::new()).collect();
+    let mut rest = to;
+    let mut done = 0;
+    let end = (from.len()..from.len(), 0);
+    for (range, thread) in shares.iter().chain([&end]) {
+        for (range, thread) in [(done..range.start, 0), (range.clone(), *thread)] {
+            let (piece, behind) = rest.split_at_mut(range.len());
+            pieces[thread].push((&from[range], piece));
+            rest = behind;
+        }
+        done = range.end;
+    }
+    let pieces: Vec<Mutex<Pieces<'_>>> = pieces.into_iter().map(Mutex::new).collect();
+    pool.run(|thread| {
+        let mut pieces = pieces[thread]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (from, to) in pieces.iter_mut() {
+            to.copy_from_slice(from);
+        }
+    });
+}
+
 fn malformed(name: &str, error: &StorageError) -> DeviceError {
     plan_error(format!("tensor {name:?}: {error}"))
 }
@@ -300,6 +363,7 @@ impl CpuDevice {
             self.kv.copy(copy);
         }
         let sequences = sequences(step);
+        let launching = clock.now();
         for (index, kernel) in (0..).zip(&program.kernels) {
             let mut machine = Machine {
                 weights: &self.weights,
@@ -307,8 +371,9 @@ impl CpuDevice {
                 kv: &mut self.kv,
                 batch: &mut self.batch,
                 sequences: &sequences,
+                clock: &mut clock,
             };
-            clock.time(|| machine.run(kernel, &layout, arena))?;
+            machine.run(kernel, &layout, arena)?;
             if hidden_states.is_empty() {
                 continue;
             }
@@ -332,7 +397,12 @@ impl CpuDevice {
             hidden_states,
             ..StepOutput::default()
         };
+        self.submit_parts.extend(launching.map(|began| SubmitPart {
+            part: StepPart::Launch,
+            ran: began..Instant::now(),
+        }));
         let rows = &arena[layout.range(program.logits)];
+        clock.kernel();
         clock.time(|| {
             sample(
                 step,
@@ -365,16 +435,33 @@ impl Clock {
         }
     }
 
+    /// When something begins that is to be seen.
+    fn now(&self) -> Option<Instant> {
+        self.began.map(|_| Instant::now())
+    }
+
+    /// The next kernel begins.
+    fn kernel(&mut self) {
+        self.times.extend(self.began.map(|began| KernelTime {
+            start: began.elapsed(),
+            length: Duration::ZERO,
+        }));
+    }
+
+    /// Does the kernel's work, or a part of it: what comes before the first is not the kernel's time.
     fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let Some(began) = self.began else {
             return work();
         };
         let start = began.elapsed();
         let result = work();
-        self.times.push(KernelTime {
-            start,
-            length: began.elapsed() - start,
-        });
+        let end = began.elapsed();
+        if let Some(time) = self.times.last_mut() {
+            if time.length.is_zero() {
+                time.start = start;
+            }
+            time.length = end - time.start;
+        }
         result
     }
 
@@ -449,6 +536,7 @@ struct Machine<'a> {
     kv: &'a mut super::KvMemory,
     batch: &'a mut Batch,
     sequences: &'a [Ragged<'a>],
+    clock: &'a mut Clock,
 }
 
 impl Machine<'_> {
@@ -458,6 +546,7 @@ impl Machine<'_> {
         layout: &Layout<'_>,
         arena: &mut [f32],
     ) -> Result<(), DeviceError> {
+        self.clock.kernel();
         match kernel {
             KernelSpec::Embed {
                 tokens,
@@ -482,7 +571,8 @@ impl Machine<'_> {
                     None => None,
                 };
                 let (out, _) = layout.split(arena, *out);
-                cpu::embed(self.cpu, &Embedding { tokens, positions }, out);
+                let embedding = Embedding { tokens, positions };
+                self.clock.time(|| cpu::embed(self.cpu, &embedding, out));
             }
             KernelSpec::Linear(linear) => self.linear(linear, layout, arena)?,
             KernelSpec::Qkv { linear, layer } => {
@@ -500,7 +590,8 @@ impl Machine<'_> {
                 };
                 let mut cache = self.kv.layer_mut(*layer as usize).map_err(kv_error)?;
                 let slots = &self.batch.slot_mapping;
-                cpu::write_kv(self.cpu, part(1), part(2), slots, &mut cache);
+                self.clock
+                    .time(|| cpu::write_kv(self.cpu, part(1), part(2), slots, &mut cache));
             }
             KernelSpec::Attention {
                 q,
@@ -518,7 +609,8 @@ impl Machine<'_> {
                     cache: self.kv.layer(*layer as usize).map_err(kv_error)?,
                     scale: *scale,
                 };
-                cpu::attention(self.cpu, &attention, out_rows);
+                self.clock
+                    .time(|| cpu::attention(self.cpu, &attention, out_rows));
             }
             // Logits stay where they are until the program has ended; the device samples then.
             KernelSpec::Sample { .. } => {}
@@ -546,7 +638,8 @@ impl Machine<'_> {
                 norm: self.weights.norm(residual.norm.as_ref())?,
             });
         }
-        cpu::linear(self.cpu, &op, rest.read(layout, linear.input)?, out);
+        let input = rest.read(layout, linear.input)?;
+        self.clock.time(|| cpu::linear(self.cpu, &op, input, out));
         Ok(())
     }
 }

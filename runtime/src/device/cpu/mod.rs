@@ -1,6 +1,7 @@
 //! The CPU: executes KernelSpecs on the host, within `submit`.
 //!
-//! Weights stay in their mapped file. The activation arena and the KV cache are anonymous maps,
+//! Weights stay in their mapped file, but where they are to be near the threads that read them, on machines
+//! with several memory nodes. The activation arena and the KV cache are anonymous maps,
 //! which take memory as they are touched.
 
 mod execute;
@@ -10,8 +11,8 @@ mod tests;
 
 use super::check::{Ground, check_step};
 use super::memory::{Room, available_bytes, plan_memory};
-use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput};
-use crate::cpu::{BANDWIDTH_BYTES, Cpu, Isa, ThreadPool, physical_cores, read_bandwidth};
+use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput, SubmitPart};
+use crate::cpu::{BANDWIDTH_BYTES, Cpu, Isa, Nodes, ThreadPool, physical_cores, read_bandwidth};
 use crate::sampling::Sampler;
 use execute::{Batch, Clock, Weights};
 use kiln_bundle::packing::Layout;
@@ -38,6 +39,9 @@ pub struct CpuOptions {
     pub lock_weights: bool,
     /// Keep each thread on a core of its own, the one that loads the device included.
     pub pin_threads: bool,
+    /// Where the machine has several memory nodes, keep threads on them in order, and copy the weights, so
+    /// that what a thread reads in decode steps is in the memory of its node.
+    pub by_node: bool,
 }
 
 /// See the module.
@@ -54,6 +58,7 @@ pub struct CpuDevice {
     /// By slot.
     last_sampled: Vec<Option<u32>>,
     batch: Batch,
+    submit_parts: Vec<SubmitPart>,
     next_step: u64,
     outputs: VecDeque<(StepId, StepOutput)>,
 }
@@ -64,6 +69,16 @@ impl CpuDevice {
     /// # Errors
     /// Any of [`DeviceError`] but [`DeviceError::Step`], before anything large is allocated.
     pub fn load(bundle: &Bundle, options: &CpuOptions) -> Result<CpuDevice, DeviceError> {
+        let nodes = options.by_node.then(Nodes::of_machine);
+        CpuDevice::load_on(nodes.as_ref(), bundle, options)
+    }
+
+    /// On the nodes of a machine, where they are to be looked at.
+    fn load_on(
+        nodes: Option<&Nodes>,
+        bundle: &Bundle,
+        options: &CpuOptions,
+    ) -> Result<CpuDevice, DeviceError> {
         let manifest = bundle.manifest();
         let found = manifest.targets.iter().find(|target| target.name == TARGET);
         let target = found.ok_or_else(|| DeviceError::NoTarget {
@@ -75,7 +90,7 @@ impl CpuDevice {
                 .collect(),
         })?;
         check_plan(target).map_err(plan_error)?;
-        let weights = Weights::new(bundle.weights(target)?, target);
+        let mut weights = Weights::new(bundle.weights(target)?, target);
         weights.check(target)?;
 
         let available = available_bytes();
@@ -101,7 +116,13 @@ impl CpuDevice {
             let what = what.to_owned();
             move |source: io::Error| DeviceError::Refused { what, source }
         };
-        if options.pin_threads {
+        let place = |nodes: &Nodes| nodes.place(&physical_cores(), threads, options.pin_threads);
+        if let Some(places) = nodes.and_then(place) {
+            let what = "to keep threads on memory nodes";
+            cpu.pool().bind(&places).map_err(refused(what))?;
+            let copied = weights.copied_by(target, cpu.pool());
+            weights = copied.map_err(refused("memory for the weights"))?;
+        } else if options.pin_threads {
             let what = format!("to pin {threads} threads to cores of their own");
             cpu.pool().pin().map_err(refused(&what))?;
         }
@@ -136,6 +157,7 @@ impl CpuDevice {
             sampler: Sampler::default(),
             last_sampled: vec![None; slots as usize],
             batch: Batch::default(),
+            submit_parts: Vec::new(),
             next_step: 0,
             outputs: VecDeque::new(),
         })
@@ -166,7 +188,8 @@ impl Device for CpuDevice {
     }
 
     fn submit(&mut self, step: &Step) -> Result<StepId, DeviceError> {
-        let clock = Clock::new(step.observe.kernel_times);
+        let clock = Clock::new(step.observe.times || step.observe.kernel_times);
+        self.submit_parts.clear();
         let ground = Ground {
             executables: &self.target.executables,
             facts: &self.facts,
@@ -181,6 +204,10 @@ impl Device for CpuDevice {
         self.next_step += 1;
         self.outputs.push_back((id, output));
         Ok(id)
+    }
+
+    fn submit_parts(&self) -> &[SubmitPart] {
+        &self.submit_parts
     }
 
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError> {

@@ -10,6 +10,7 @@ use kiln_bundle::{
 };
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Mutex;
 
 const V: usize = 40;
 const E: usize = 6;
@@ -440,6 +441,97 @@ fn weights_are_locked() {
             "{error}"
         ),
     }
+}
+
+#[test]
+fn shares_are_the_panels_that_threads_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.kiln");
+    write_bundle(&path, "cpu");
+    let bundle = Bundle::open(&path).unwrap();
+    let target = &bundle.manifest().targets[0];
+    let file = bundle.weights(target).unwrap();
+    let weights = Weights::new(bundle.weights(target).unwrap(), target);
+    let shares = weights.shares(target, 3);
+    assert!(
+        shares
+            .windows(2)
+            .all(|pair| pair[0].0.end <= pair[1].0.start)
+    );
+    let kernels = target.programs.iter().flat_map(|program| &program.kernels);
+    let mut matrices = 0;
+    let mut several = 0;
+    for linear in kernels.filter_map(KernelSpec::linear) {
+        let whole = file.range(&linear.weight).unwrap();
+        let inside = |range: &std::ops::Range<usize>| {
+            whole.start <= range.start && range.end <= whole.end && !range.is_empty()
+        };
+        let parts: Vec<_> = shares.iter().filter(|(range, _)| inside(range)).collect();
+        let panels = packing::panels(linear.out_features as usize);
+        let panel_bytes = whole.len() / panels;
+        let mut end = whole.start;
+        for (range, thread) in parts.iter().copied() {
+            assert_eq!(range.start, end);
+            end = range.end;
+            let found = crate::cpu::partition(panels, 3, *thread).len();
+            assert_eq!(range.len(), found * panel_bytes);
+        }
+        assert_eq!(end, whole.end);
+        assert!(parts.is_sorted_by_key(|(_, thread)| *thread));
+        matrices += 1;
+        several += usize::from(parts.len() > 1);
+    }
+    assert!(several > 0 && several < matrices, "{several} of {matrices}");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn threads_keep_to_nodes_and_compute_the_same() {
+    // In a thread of its own, which is bound, and the other tests are not.
+    let test = std::thread::spawn(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.kiln");
+        write_bundle(&path, "cpu");
+        let cores = crate::cpu::physical_cores();
+        if cores.len() < 2 {
+            return;
+        }
+        for (node, core) in cores[..2].iter().enumerate() {
+            let node = dir.path().join(format!("node{node}"));
+            std::fs::create_dir(&node).unwrap();
+            std::fs::write(node.join("cpulist"), format!("{core}\n")).unwrap();
+        }
+        let bundle = Bundle::open(&path).unwrap();
+        let options = CpuOptions {
+            threads: Some(2),
+            ..CpuOptions::default()
+        };
+        let tokens = |device: CpuDevice| -> Vec<Vec<u32>> {
+            let manifest = bundle.manifest();
+            let mut engine = Engine::new(Box::new(device), manifest, None).unwrap();
+            for first in 1..4 {
+                let mut request = Request::new(Prompt::Ids(vec![first, 2]));
+                request.max_new_tokens = Some(3);
+                engine.submit(request).unwrap();
+            }
+            let done = run(&mut engine);
+            done.iter()
+                .map(|done| done.choices[0].ids.clone())
+                .collect()
+        };
+        let plain = tokens(CpuDevice::load(&bundle, &options).unwrap());
+        let nodes = Nodes::read(dir.path());
+        let device = CpuDevice::load_on(Some(&nodes), &bundle, &options).unwrap();
+        let found: Mutex<Vec<Vec<usize>>> = Mutex::new(vec![Vec::new(); 2]);
+        device.cpu.pool().run(|thread| {
+            // A thread that is bound to one CPU has no other.
+            found.lock().unwrap()[thread] = crate::cpu::physical_cores();
+        });
+        let expected: Vec<Vec<usize>> = cores[..2].iter().map(|&core| vec![core]).collect();
+        assert_eq!(found.into_inner().unwrap(), expected);
+        assert_eq!(tokens(device), plain);
+    });
+    test.join().unwrap();
 }
 
 #[test]

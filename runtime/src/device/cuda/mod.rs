@@ -27,7 +27,8 @@ pub use nvidia::{NvidiaDriver, NvidiaGpu};
 
 use super::check::{Ground, check_step};
 use super::memory::{Room, plan_memory};
-use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput, Tokens};
+use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput, SubmitPart, Tokens};
+use crate::record::StepPart;
 use crate::sampling::{Continuation, Draw, Sampler};
 use bind::{Addresses, WeightPlan};
 use copies::Copier;
@@ -37,6 +38,7 @@ use kiln_bundle::{
     WeightFile, kv_layer_bytes, packing::Layout,
 };
 use std::collections::VecDeque;
+use std::time::Instant;
 use step_lists::{SlotGround, StepLayout};
 
 /// The part of the memory left beside weights and activations that the KV cache takes at most,
@@ -85,6 +87,7 @@ pub struct CudaDevice<D> {
     history_stride: u32,
     /// For the draws that kernels do not make.
     sampler: Sampler,
+    submit_parts: Vec<SubmitPart>,
     next_step: u64,
     in_flight: VecDeque<InFlight>,
 }
@@ -284,6 +287,7 @@ impl<D: Driver> CudaDevice<D> {
             slots: vec![Slot::default(); slots as usize],
             history_stride: history_stride as u32,
             sampler: Sampler::default(),
+            submit_parts: Vec::new(),
             next_step: 0,
             in_flight: VecDeque::new(),
         })
@@ -314,6 +318,14 @@ impl<D: Driver> CudaDevice<D> {
             None => *chain.graph.insert(self.driver.record(&chain.launches)?),
         };
         self.driver.replay(graph)
+    }
+
+    /// Takes note of a part of `submit` that is over, where it is to be seen.
+    fn ran(&mut self, part: StepPart, began: Option<Instant>) {
+        self.submit_parts.extend(began.map(|began| SubmitPart {
+            part,
+            ran: began..Instant::now(),
+        }));
     }
 
     /// Waits for all steps in flight, and keeps what they give until it is collected.
@@ -464,8 +476,8 @@ impl<D: Driver> Device for CudaDevice<D> {
         };
         check_step(step, &ground, |slot| self.slots[slot as usize].sampled)?;
         self.check_histories(step)?;
+        self.submit_parts.clear();
         let index = step.executable;
-        self.copy_blocks(index, &step.copies)?;
         let layout = &self.chains[index].layout;
         let slots = SlotGround {
             vocab_size: self.model.vocab_size,
@@ -474,25 +486,33 @@ impl<D: Driver> Device for CudaDevice<D> {
         };
         let counts = layout.fill(step, &slots, &mut self.lists);
         let draws = self.continuations_of_draws(step);
-        let lists: &[u8] = bytemuck::cast_slice(&self.lists);
-        let uploaded = self.driver.upload(self.addresses.step, lists);
-        uploaded.map_err(|error| self.at(index, "its lists", error))?;
-
         let by_host = step
             .sequences()
             .filter_map(|sequence| sequence.draw)
             .any(|draw| !is_made_by_kernel(&draw, self.model.vocab_size));
+        let now = || step.observe.times.then(Instant::now);
+        let launching = now();
+        self.copy_blocks(index, &step.copies)?;
+        let lists: &[u8] = bytemuck::cast_slice(&self.lists);
+        let uploaded = self.driver.upload(self.addresses.step, lists);
+        uploaded.map_err(|error| self.at(index, "its lists", error))?;
         let waits = step.observe.is_any() || step.observe.kernel_times || by_host;
         let result = if !waits {
             self.run(index)?;
             let bytes = self.chosen_bytes(&draws);
             let ticket = self.driver.download(self.addresses.chosen, bytes);
-            Pending::Download(ticket.map_err(|error| self.at(index, "its tokens", error))?)
+            let ticket = ticket.map_err(|error| self.at(index, "its tokens", error))?;
+            self.ran(StepPart::Launch, launching);
+            Pending::Download(ticket)
         } else {
+            // What follows waits for the device in between.
+            self.ran(StepPart::Launch, launching);
             // Downloads are waited for in their order, and those of this step now.
             self.settle();
             let mut output = self.run_observed(index, &counts, step.observe, &draws)?;
+            let drawing = now();
             self.draw_on_host(index, step, &mut output)?;
+            self.ran(StepPart::Sampling, drawing.filter(|_| by_host));
             Pending::Done(Ok(output))
         };
         self.note_draws(step);
@@ -505,6 +525,10 @@ impl<D: Driver> Device for CudaDevice<D> {
             result,
         });
         Ok(id)
+    }
+
+    fn submit_parts(&self) -> &[SubmitPart] {
+        &self.submit_parts
     }
 
     fn collect(&mut self, id: StepId) -> Result<StepOutput, DeviceError> {

@@ -10,7 +10,10 @@ use crate::sampling::{BeamDraw, Draw, DrawParams, Processors, Rules, SequenceBia
 use crate::{Engine, Event, Layers, Outputs, Prompt, Request};
 use bundle::{C, IMAGES, LAYER_BYTES, LAYERS, MAX_SEQ_LEN, V, write_bundle};
 use driver::{Call, FakeDriver, long};
-use kiln_bundle::{Phase, trace::Trace};
+use kiln_bundle::{
+    Phase,
+    trace::{Span, Trace},
+};
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -727,6 +730,7 @@ fn what_kernels_lack_is_the_hosts() {
 fn the_host_draws_by_what_slots_keep() {
     let rig = Rig::new(100 * MIB);
     let mut engine = engine(&rig);
+    engine.record(Trace::new(), rig.bundle.manifest());
     // The kernel counts on; of what has been, nothing may come again.
     let mut unique = requests(&Outputs::default()).remove(0);
     unique.processors.no_repeat_ngram_size = 1;
@@ -745,6 +749,17 @@ fn the_host_draws_by_what_slots_keep() {
             }
         }
     }
+    // Only a step with a draw of the host has that part.
+    let trace = engine.take_trace().unwrap();
+    let part = |part: StepPart| {
+        let of = |span: &&Span| span.label.name == part.name();
+        trace.spans().iter().filter(of).count()
+    };
+    let steps = engine.stats().prefill.steps + engine.stats().decode.steps;
+    assert_eq!(part(StepPart::Launch) as u64, steps);
+    let drawn_by_host = 5;
+    assert_eq!(part(StepPart::Sampling), drawn_by_host);
+    assert!(steps as usize > drawn_by_host);
     ids.sort_unstable();
     // Behind the last id would come 0, which the prompt has.
     assert_eq!(ids[0].1, [V - 2, V - 1, 1, 2, 3]);
