@@ -2,7 +2,7 @@
 //! nothing left behind.
 
 use crate::fixture;
-use kiln_bundle::{Bundle, BundleError, DType, WeightFormat};
+use kiln_bundle::{Bundle, BundleError, DType, FORMAT_VERSION, WeightFormat};
 use kiln_compiler::{CompileOptions, Model, Silent, TargetChoice, compile, cuda::CudaTarget};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -357,10 +357,13 @@ fn manifests_that_lie_are_refused() {
         let error = opened(|text| text.replacen(old, new, 1)).to_string();
         assert!(error.contains(message), "found: {error}\nneeded: {message}");
     };
+    let (this, next) = (FORMAT_VERSION, FORMAT_VERSION + 1);
     refused(
-        "\"format_version\": 5",
-        "\"format_version\": 6",
-        "has bundle format 6 (written by kiln 0.1.0); this kiln reads format 5: use a newer kiln",
+        &format!("\"format_version\": {this}"),
+        &format!("\"format_version\": {next}"),
+        &format!(
+            "has bundle format {next} (written by kiln 0.1.0); this kiln reads format {this}: use a newer kiln"
+        ),
     );
     refused(
         "\"layers\": 3",
