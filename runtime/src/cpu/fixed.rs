@@ -74,12 +74,11 @@ pub(super) fn round<S: Simd, I: Integer>(
     integers: &mut [I; RUN],
 ) -> [f32; 2] {
     assert!(run.len() <= RUN);
-    let (mut largest, mut not_finite) = (simd.zero(), simd.zero());
+    let mut largest = simd.zero();
     for i in (0..run.len()).step_by(LANES) {
         // SAFETY: as many values as are loaded are left in the run.
         let x = unsafe { load(simd, run.as_ptr().add(i), run.len() - i) };
         largest = simd.max(simd.max(x, simd.sub(simd.zero(), x)), largest);
-        not_finite = simd.fma(x, simd.zero(), not_finite);
     }
     let largest = simd.max_lanes(largest);
     // Smaller values come near to having no finite inverse; they are nothing.
@@ -98,8 +97,9 @@ pub(super) fn round<S: Simd, I: Integer>(
             I::store(simd, integers.as_mut_ptr().add(i), integer);
         }
     }
-    let scale = largest / I::LARGEST + simd.sum_lanes(not_finite);
-    [scale, simd.sum_lanes(sum)]
+    let sum = simd.sum_lanes(sum);
+    // Times a finite inverse, or zero, what is not finite has made the sum not a number.
+    [largest / I::LARGEST + 0.0 * sum, sum]
 }
 
 #[cfg(test)]

@@ -380,45 +380,39 @@ impl<M: Matrix> Product<'_, M> {
         self.row_runs[2 * (range.start * self.runs + first * range.len())..].as_ptr()
     }
 
-    /// Finishes and writes the outputs at (`rows`, `col..col + 16`), as far as they exist, from `sums`, of
-    /// which each row has PANEL.
+    /// Finishes and writes the outputs at (`t`, `col..col + 16`), as far as they exist.
     ///
     /// # Safety
-    /// The sums exist, and no other thread uses these outputs.
+    /// No other thread uses these outputs.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, simd: S, sums: *const f32, rows: Range<usize>, col: usize) {
+    unsafe fn finish<S: Simd>(&self, simd: S, sums: S::V, t: usize, col: usize) {
         let width = self.op.weight.n().saturating_sub(col).min(LANES);
         if width == 0 {
             return;
         }
+        let mut y = sums;
         // SAFETY: `width` values from `col` exist in the bias, the residual and the output.
-        let bias =
-            (self.op.bias).map(|bias| unsafe { norm::load(simd, bias.as_ptr().add(col), width) });
-        for (r, t) in rows.enumerate() {
-            // SAFETY: as above.
-            unsafe {
-                let mut y = simd.load_f32(sums.add(r * PANEL));
-                if let Some(bias) = bias {
-                    y = simd.add(y, bias);
-                }
-                y = match self.op.activation {
-                    Activation::None => y,
-                    Activation::Relu => simd.max(simd.zero(), y),
-                    Activation::GeluNew => gelu_new(simd, y),
-                };
-                let out = self.out.at(t, col);
-                if let Some(residual) = &self.op.residual {
-                    let row = residual
-                        .rows
-                        .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
-                    let mut r = norm::load(simd, row, width);
-                    if let Some(norm) = &residual.norm {
-                        r = self.stats[t].apply(simd, r, norm, col, width);
-                    }
-                    y = simd.add(y, r);
-                }
-                norm::store(simd, out, y, width);
+        unsafe {
+            if let Some(bias) = self.op.bias {
+                y = simd.add(y, norm::load(simd, bias.as_ptr().add(col), width));
             }
+            y = match self.op.activation {
+                Activation::None => y,
+                Activation::Relu => simd.max(simd.zero(), y),
+                Activation::GeluNew => gelu_new(simd, y),
+            };
+            let out = self.out.at(t, col);
+            if let Some(residual) = &self.op.residual {
+                let row = residual
+                    .rows
+                    .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
+                let mut r = norm::load(simd, row, width);
+                if let Some(norm) = &residual.norm {
+                    r = self.stats[t].apply(simd, r, norm, col, width);
+                }
+                y = simd.add(y, r);
+            }
+            norm::store(simd, out, y, width);
         }
     }
 }
@@ -512,11 +506,15 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                     if inputs.end < k {
                         continue;
                     }
-                    for v in (0..VECTORS * LANES).step_by(LANES) {
-                        let first = panel * PANEL + column;
-                        // SAFETY: the tile has just written these sums; the outputs of this chunk and
-                        // panel belong to this task.
-                        unsafe { product.finish(simd, c.add(v), range.clone(), first + v) };
+                    for (r, t) in range.enumerate() {
+                        for v in (0..VECTORS * LANES).step_by(LANES) {
+                            // SAFETY: the tile has just written these sums; the outputs of this chunk
+                            // and panel belong to this task.
+                            unsafe {
+                                let sums = simd.load_f32(c.add(r * PANEL + v));
+                                product.finish(simd, sums, t, panel * PANEL + column + v);
+                            }
+                        }
                     }
                 }
             }
