@@ -131,7 +131,7 @@ impl Bf16Tile {
     #[inline(always)]
     unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         /// What a last input without another is paired with.
-        const NOTHING: [bf16; LANES] = [bf16::ZERO; LANES];
+        const NOTHING: [bf16; PANEL] = [bf16::ZERO; PANEL];
         let mut sums = [[simd.zero(); VECTORS]; ROWS];
         if self.resume {
             unrolled!(R in ROWS {
@@ -147,16 +147,21 @@ impl Bf16Tile {
             for line in 0..lines {
                 simd.prefetch(ahead.wrapping_add(64 * line));
             }
+            let second = match i + 1 < self.k {
+                true => b.wrapping_add(PANEL),
+                false => NOTHING.as_ptr(),
+            };
             let mut column = [simd.splat_word(0); VECTORS];
-            unrolled!(V in VECTORS {
-                let first = b.wrapping_add(V * LANES);
-                let second = match i + 1 < self.k {
-                    true => first.wrapping_add(PANEL),
-                    false => NOTHING.as_ptr(),
-                };
+            if const { VECTORS == 2 } {
                 // SAFETY: these steps of `b`.
-                column[V] = unsafe { simd.load_bf16_pairs(first, second) };
-            });
+                column.copy_from_slice(&unsafe { simd.load_bf16_pairs_of_two(b, second) });
+            } else {
+                unrolled!(V in VECTORS {
+                    let at = V * LANES;
+                    // SAFETY: as above.
+                    column[V] = unsafe { simd.load_bf16_pairs(b.add(at), second.add(at)) };
+                });
+            }
             unrolled!(R in ROWS {
                 // SAFETY: the step of `x`.
                 let x = simd.splat_word(unsafe { *x.add(R) });

@@ -234,6 +234,24 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `first` and `second` are valid for reading sixteen values.
     unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words;
+    /// The same of 32 outputs.
+    ///
+    /// # Safety
+    /// `first` and `second` are valid for reading 32 values.
+    #[inline(always)]
+    unsafe fn load_bf16_pairs_of_two(
+        self,
+        first: *const bf16,
+        second: *const bf16,
+    ) -> [Self::Words; 2] {
+        // SAFETY: the caller's.
+        unsafe {
+            [
+                self.load_bf16_pairs(first, second),
+                self.load_bf16_pairs(first.add(LANES), second.add(LANES)),
+            ]
+        }
+    }
     /// Signed bytes plus 128.
     fn bytes_above_zero(self, words: Self::Words) -> Self::Words;
     /// Of each byte, the four bits from `4 * P`; P is 0 or 1.
@@ -721,17 +739,21 @@ mod tests {
     fn pairs_of_bf16_are_multiplied_one_after_the_other() {
         struct Products<'a>(&'a [[bf16; LANES]; 2], [bf16; 2], [f32; LANES]);
         impl Kernel for Products<'_> {
-            type Output = [f32; LANES];
+            type Output = [[f32; LANES]; 3];
             const DOTS: Option<Dots> = Some(Dots::Bf16);
             #[inline(always)]
             fn run<S: Simd>(self, simd: S) -> Self::Output {
                 let Products(rows, [low, high], sums) = self;
                 let x = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
-                // SAFETY: the arrays have sixteen values.
+                let twice = rows.map(|row| [row; 2]);
+                // SAFETY: the arrays have sixteen values, or 32.
                 unsafe {
-                    let pairs = simd.load_bf16_pairs(rows[0].as_ptr(), rows[1].as_ptr());
+                    let one = simd.load_bf16_pairs(rows[0].as_ptr(), rows[1].as_ptr());
+                    let [first, second] = [twice[0].as_ptr(), twice[1].as_ptr()];
+                    let two = simd.load_bf16_pairs_of_two(first.cast(), second.cast());
                     let sums = simd.load_f32(sums.as_ptr());
-                    simd.to_array(simd.add_bf16_products(sums, pairs, simd.splat_word(x)))
+                    let products = |pairs| simd.add_bf16_products(sums, pairs, simd.splat_word(x));
+                    [one, two[0], two[1]].map(|pairs| simd.to_array(products(pairs)))
                 }
             }
         }
@@ -754,8 +776,9 @@ mod tests {
                 rows[0][i].to_f32().mul_add(x[0].to_f32(), sum)
             });
             for isa in isas().filter(|isa| *isa != Isa::Portable) {
-                let found = isa.run(Outlined(Products(&rows, [x[0], x[1]], sums)));
-                assert_eq!(found.map(f32::to_bits), expect.map(f32::to_bits), "{isa}");
+                for found in isa.run(Outlined(Products(&rows, [x[0], x[1]], sums))) {
+                    assert_eq!(found.map(f32::to_bits), expect.map(f32::to_bits), "{isa}");
+                }
             }
         }
     }
