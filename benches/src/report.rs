@@ -208,11 +208,12 @@ fn section(index: usize, table: &Table, model: &ModelTable, sources: &Sources) -
 }
 
 fn title(model: &ModelTable) -> String {
+    let activations = model.activations.map_or(String::new(), |activations| {
+        format!(", {} activations", activations.name())
+    });
     format!(
-        "{}, {} weights, {}",
-        model.model,
-        model.formats(),
-        model.target
+        "{}, {} weights{activations}, {}",
+        model.model, model.weights, model.target
     )
 }
 
