@@ -15,8 +15,8 @@ use super::norm::{self, Stats};
 use super::pool::partition;
 use super::rows::SharedRows;
 use super::scratch::Shards;
-use super::simd::{Bytes, Isa, Kernel, LANES, Nibbles, Simd};
-use super::storage::{PackedMatrix, Panels, Storage};
+use super::simd::{Bytes, Codes, Isa, Kernel, LANES, Nibbles, Simd};
+use super::storage::{IntPanels, PackedMatrix, Panels, Storage};
 use super::tile::{Pairs, Quads, Tiles};
 use super::{Cpu, Norm, Rows, RowsMut};
 use kiln_bundle::packing::{PANEL, panels};
@@ -142,24 +142,26 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
             Some(Activations::Bf16) => multiply(cpu, op, Bf16Rows::new(weight, k), x, &mut out),
             _ => multiply(cpu, op, Floats::new(weight, k), x, &mut out),
         },
-        Panels::Int(panels) => match (panels.format, op.activations) {
-            (IntFormat::Int8 { .. }, Some(Activations::Int8)) => {
-                let weight = Integers::<Bytes, Quads>::new(panels, k);
-                multiply(cpu, op, weight, x, &mut out)
-            }
-            (IntFormat::Int8 { .. }, _) => {
-                let weight = Integers::<Bytes, Pairs>::new(panels, k);
-                multiply(cpu, op, weight, x, &mut out)
-            }
-            (IntFormat::Int4 { .. }, Some(Activations::Int8)) => {
-                let weight = Integers::<Nibbles, Quads>::new(panels, k);
-                multiply(cpu, op, weight, x, &mut out)
-            }
-            (IntFormat::Int4 { .. }, _) => {
-                let weight = Integers::<Nibbles, Pairs>::new(panels, k);
-                multiply(cpu, op, weight, x, &mut out)
-            }
+        Panels::Int(panels) => match panels.format {
+            IntFormat::Int8 { .. } => multiply_integers::<Bytes>(cpu, op, panels, x, &mut out),
+            IntFormat::Int4 { .. } => multiply_integers::<Nibbles>(cpu, op, panels, x, &mut out),
         },
+    }
+}
+
+fn multiply_integers<C: Codes>(
+    cpu: &mut Cpu,
+    op: &Linear<'_>,
+    panels: IntPanels<'_>,
+    x: Rows<'_>,
+    out: &mut RowsMut<'_>,
+) {
+    let k = op.weight.k();
+    match op.activations {
+        Some(Activations::Int8) => {
+            multiply(cpu, op, Integers::<C, Quads>::new(panels, k), x, out);
+        }
+        _ => multiply(cpu, op, Integers::<C, Pairs>::new(panels, k), x, out),
     }
 }
 

@@ -229,29 +229,29 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+    fn unsigned_byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
         // SAFETY: as in `halves!`.
-        let even = a.map(|a| unsafe { _mm256_and_si256(a, _mm256_set1_epi16(0xff)) });
-        // SAFETY: as in `halves!`.
-        let odd = a.map(|a| unsafe { _mm256_srli_epi16::<8>(a) });
-        let sums = self.add_pair_products(sums, even, self.byte_pair::<0>(b));
-        self.add_pair_products(sums, odd, self.byte_pair::<1>(b))
+        words.map(|words| unsafe {
+            match P {
+                0 => _mm256_and_si256(words, _mm256_set1_epi16(0xff)),
+                _ => _mm256_srli_epi16::<8>(words),
+            }
+        })
     }
 
     #[inline(always)]
-    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V {
-        let low = |words: Self::Words| {
-            // SAFETY: as in `halves!`.
-            words.map(|words| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)) })
-        };
-        let high = |words: Self::Words| {
-            let upper = i32::MIN >> 15;
-            // SAFETY: as in `halves!`.
-            words.map(|words| unsafe {
-                _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(upper)))
-            })
-        };
-        self.fma(low(a), low(b), self.fma(high(a), high(b), sums))
+    fn lower_bf16(self, words: Self::Words) -> Self::V {
+        // SAFETY: as in `halves!`.
+        words.map(|words| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)) })
+    }
+
+    #[inline(always)]
+    fn upper_bf16(self, words: Self::Words) -> Self::V {
+        const UPPER: i32 = i32::MIN >> 15;
+        // SAFETY: as in `halves!`.
+        words.map(|words| unsafe {
+            _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(UPPER)))
+        })
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! One AVX-512 register a vector.
 
-use super::{Dots, Isa, Kernel, LANES, Simd};
+use super::{Dots, Isa, Kernel, LANES, Simd, bf16_products_by_fma, quad_products_by_pairs};
 use half::{bf16, f16};
 use std::arch::{asm, x86_64::*};
 use std::mem::transmute;
@@ -249,14 +249,33 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     }
 
     #[inline(always)]
+    fn unsigned_byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        match P {
+            0 => proven!(_mm512_and_si512(words, _mm512_set1_epi16(0xff))),
+            _ => proven!(_mm512_srli_epi16::<8>(words)),
+        }
+    }
+
+    #[inline(always)]
+    fn lower_bf16(self, words: Self::Words) -> Self::V {
+        proven!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)))
+    }
+
+    #[inline(always)]
+    fn upper_bf16(self, words: Self::Words) -> Self::V {
+        const UPPER: i32 = i32::MIN >> 15;
+        proven!(_mm512_castsi512_ps(_mm512_and_si512(
+            words,
+            _mm512_set1_epi32(UPPER)
+        )))
+    }
+
+    #[inline(always)]
     fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
         if const { LEVEL >= VNNI } {
             return proven!(_mm512_dpbusd_epi32(sums, a, b));
         }
-        let even = proven!(_mm512_and_si512(a, _mm512_set1_epi16(0xff)));
-        let odd = proven!(_mm512_srli_epi16::<8>(a));
-        let sums = self.add_pair_products(sums, even, self.byte_pair::<0>(b));
-        self.add_pair_products(sums, odd, self.byte_pair::<1>(b))
+        quad_products_by_pairs(self, sums, a, b)
     }
 
     #[inline(always)]
@@ -266,15 +285,7 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
             let bf16s = |words| unsafe { transmute::<__m512i, __m512bh>(words) };
             return proven!(_mm512_dpbf16_ps(sums, bf16s(a), bf16s(b)));
         }
-        let low = |words| proven!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)));
-        let upper = i32::MIN >> 15;
-        let high = |words| {
-            proven!(_mm512_castsi512_ps(_mm512_and_si512(
-                words,
-                _mm512_set1_epi32(upper)
-            )))
-        };
-        self.fma(low(a), low(b), self.fma(high(a), high(b), sums))
+        bf16_products_by_fma(self, sums, a, b)
     }
 
     #[inline(always)]

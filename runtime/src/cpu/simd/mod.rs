@@ -262,11 +262,12 @@ pub(super) trait Simd: Copy {
     fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words;
     /// To each word of `sums` the products of the halves of `a` and `b`, as signed numbers.
     fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
-    /// To each word of `sums` the products of the bytes of `a`, without sign, and of `b`, as signed numbers.
-    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words;
-    /// To each of `sums` the products of the halves of `a` and `b` as bf16: that of the upper halves first,
-    /// then the other, each rounded when it is added.
-    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V;
+    /// Of each half of each word, byte P without sign as a number of 16 bits; P is 0 or 1.
+    fn unsigned_byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words;
+    /// Of each word the lower half, a bf16, as `f32`.
+    fn lower_bf16(self, words: Self::Words) -> Self::V;
+    /// Of each word the upper half, a bf16, as `f32`.
+    fn upper_bf16(self, words: Self::Words) -> Self::V;
     /// Words as signed numbers, rounded to the nearest.
     fn words_to_f32(self, words: Self::Words) -> Self::V;
     /// # Safety
@@ -294,6 +295,19 @@ pub(super) trait Simd: Copy {
     unsafe fn store_i8(self, p: *mut i8, v: Self::V);
     /// Asks for the cache line at `p`, which need not be valid.
     fn prefetch(self, p: *const u8);
+
+    /// To each word of `sums` the products of the bytes of `a`, without sign, and of `b`, as signed numbers.
+    #[inline(always)]
+    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
+        quad_products_by_pairs(self, sums, a, b)
+    }
+
+    /// To each of `sums` the products of the halves of `a` and `b` as bf16: that of the upper halves first,
+    /// then the other, each rounded when it is added.
+    #[inline(always)]
+    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V {
+        bf16_products_by_fma(self, sums, a, b)
+    }
 
     #[inline(always)]
     fn zero(self) -> Self::V {
@@ -334,6 +348,24 @@ pub(super) trait Simd: Copy {
         let p = self.fma(p, self.mul(r, r), self.add(r, self.splat(1.0)));
         self.mul(p, self.exp2_integral(n))
     }
+}
+
+/// [`Simd::add_quad_products`] without an instruction for it.
+#[inline(always)]
+fn quad_products_by_pairs<S: Simd>(simd: S, sums: S::Words, a: S::Words, b: S::Words) -> S::Words {
+    let (even, odd) = (
+        simd.unsigned_byte_pair::<0>(a),
+        simd.unsigned_byte_pair::<1>(a),
+    );
+    let sums = simd.add_pair_products(sums, even, simd.byte_pair::<0>(b));
+    simd.add_pair_products(sums, odd, simd.byte_pair::<1>(b))
+}
+
+/// [`Simd::add_bf16_products`] without an instruction for it.
+#[inline(always)]
+fn bf16_products_by_fma<S: Simd>(simd: S, sums: S::V, a: S::Words, b: S::Words) -> S::V {
+    let sums = simd.fma(simd.upper_bf16(a), simd.upper_bf16(b), sums);
+    simd.fma(simd.lower_bf16(a), simd.lower_bf16(b), sums)
 }
 
 #[inline(always)]

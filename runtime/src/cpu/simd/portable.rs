@@ -179,21 +179,18 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
-        let product = |a: u32, b: u32, i: usize| {
-            i32::from((a >> (8 * i)) as u8) * i32::from((b >> (8 * i)) as i8)
-        };
-        std::array::from_fn(|lane| {
-            let products = (0..4).map(|i| product(a[lane], b[lane], i));
-            sums[lane].wrapping_add(products.sum::<i32>().cast_unsigned())
-        })
+    fn unsigned_byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
+        words.map(|word| word >> (8 * P) & 0x00ff_00ff)
     }
 
     #[inline(always)]
-    fn add_bf16_products(self, sums: Self::V, a: Self::Words, b: Self::Words) -> Self::V {
-        let low = |words: Self::Words| words.map(|word| f32::from_bits(word << 16));
-        let high = |words: Self::Words| words.map(|word| f32::from_bits(word & 0xffff_0000));
-        self.fma(low(a), low(b), self.fma(high(a), high(b), sums))
+    fn lower_bf16(self, words: Self::Words) -> Self::V {
+        words.map(|word| f32::from_bits(word << 16))
+    }
+
+    #[inline(always)]
+    fn upper_bf16(self, words: Self::Words) -> Self::V {
+        words.map(|word| f32::from_bits(word & 0xffff_0000))
     }
 
     #[inline(always)]
