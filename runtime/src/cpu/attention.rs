@@ -15,7 +15,7 @@ use super::rows::SharedRows;
 use super::scratch::Shards;
 use super::simd::{Element, Kernel, LANES, Simd};
 use super::storage::{Storage, StorageMut};
-use super::tile::{Tile, Tiles};
+use super::tile::{LINE, Tile, Tiles};
 use super::{Cpu, Rows, RowsMut};
 use kiln_bundle::BLOCK_TOKENS;
 use std::cmp::Reverse;
@@ -318,7 +318,7 @@ fn attend<E: Element>(
     }
 
     let longest = op.sequences.iter().map(Sequence::kv_len).max().unwrap_or(0);
-    let scratch_len = tile_rows * (head_dim + pad(longest) + pad(head_dim));
+    let scratch_len = tile_rows * (pad(head_dim) + pad(longest) + pad(head_dim));
     let threads = &mut cpu.scratch.threads;
     for buffer in threads.iter_mut() {
         buffer.reserve(scratch_len);
@@ -398,59 +398,70 @@ impl<E: Element> AttendTile<'_, E> {
         // Positions that every row attends to, and that the last one does.
         let common = self.sequence.past + rows.start + 1;
         let longest = self.sequence.past + rows.end;
-        let width = pad(longest);
 
-        let (q, rest) = std::mem::take(&mut self.scratch).split_at_mut(ROWS * head_dim); // (D, ROWS)
-        let (scores, rest) = rest.split_at_mut(ROWS * width); // (ROWS, width)
+        // Queries and scores are in lines; a block's scores are a line of each row.
+        let (q, rest) = std::mem::take(&mut self.scratch).split_at_mut(ROWS * pad(head_dim));
+        let (scores, rest) = rest.split_at_mut(ROWS * pad(longest));
         let sums = &mut rest[..ROWS * pad(head_dim)]; // (ROWS, pad(D))
         for r in 0..ROWS {
             let row = &self.op.queries.row(first_row + r.min(rows.len() - 1))[columns.clone()];
-            for (i, x) in row.iter().enumerate() {
-                q[i * ROWS + r] = x * self.op.scale;
+            for (part, lines) in row.chunks(LINE).zip(q.chunks_exact_mut(ROWS * LINE)) {
+                for (q, x) in lines[r * LINE..].iter_mut().zip(part) {
+                    *q = x * self.op.scale;
+                }
             }
         }
 
         let blocks = longest.div_ceil(BLOCK_TOKENS);
         if ROWS == 1 {
-            self.score_row(simd, q, &mut scores[..blocks * BLOCK_TOKENS]);
+            self.score_row(simd, &q[..head_dim], &mut scores[..blocks * BLOCK_TOKENS]);
         } else {
-            for block in 0..blocks {
+            for first in (0..blocks).step_by(S::TILE_VECTORS) {
+                let keys = |block: usize| self.key_block(block.min(blocks - 1)).as_ptr();
+                let (both, next) = (keys(first)..keys(first + 1), keys(first + S::TILE_VECTORS));
                 let tile = Tile {
                     k: head_dim,
                     a: q.as_ptr(),
-                    a_step: ROWS,
-                    a_stride: 1,
-                    b: self.key_block(block).as_ptr(),
+                    b: both.start,
                     b_step: BLOCK_TOKENS,
-                    c: scores[block * BLOCK_TOKENS..].as_mut_ptr(),
-                    c_stride: width,
+                    // SAFETY: blocks of one cache.
+                    b_vector: unsafe { both.end.offset_from(both.start) },
+                    c: scores[first * ROWS * LINE..].as_mut_ptr(),
+                    c_stride: LINE,
+                    c_vector: ROWS * LINE,
                     resume: false,
-                    ahead: self.key_block((block + 1).min(blocks - 1)).as_ptr().cast(),
+                    ahead: next.cast(),
                     ahead_step: BLOCK_TOKENS * size_of::<E>(),
                 };
-                // SAFETY: q is (D, ROWS), the block's keys (D, 16), the scores (ROWS, width).
-                unsafe { tile.run::<S, ROWS, 1>(simd) };
+                // SAFETY: q has ROWS rows of D, each block's keys are (D, 16), and the scores have a line of
+                // each row for each block.
+                unsafe {
+                    match first + 1 < blocks && S::TILE_VECTORS == 2 {
+                        true => tile.run::<S, ROWS, 2>(simd),
+                        false => tile.run::<S, ROWS, 1>(simd),
+                    }
+                }
             }
         }
 
         let mut totals = [0.0; ROWS];
         for (r, total) in totals.iter_mut().enumerate().take(rows.len()) {
-            *total = softmax(simd, &mut scores[r * width..][..width], common + r);
+            *total = softmax::<S, ROWS>(simd, &mut scores[r * LINE..], common + r);
         }
 
         for first in (0..common).step_by(BLOCK_TOKENS) {
             let positions = first..common.min(first + BLOCK_TOKENS);
-            let weights = &scores[first..];
-            self.accumulate::<S, ROWS>(simd, positions, weights, width, sums);
+            self.accumulate::<S, ROWS>(simd, positions, &scores[first * ROWS..], sums);
         }
         for r in 1..rows.len() {
             let mut first = common;
             while first < common + r {
                 let positions = first..(common + r).min((first + 1).next_multiple_of(BLOCK_TOKENS));
-                let weights = &scores[r * width + first..];
+                let line = (first / BLOCK_TOKENS * ROWS + r) * LINE;
+                let weights = &scores[line + first % BLOCK_TOKENS..];
                 first = positions.end;
                 let sums = &mut sums[r * pad(head_dim)..][..pad(head_dim)];
-                self.accumulate::<S, 1>(simd, positions, weights, width, sums);
+                self.accumulate::<S, 1>(simd, positions, weights, sums);
             }
         }
 
@@ -496,15 +507,14 @@ impl<E: Element> AttendTile<'_, E> {
     }
 
     /// `sums[r] += sum over positions of weights[r][position] * v[position]`, where the positions lie
-    /// in one block; from zero where they begin the sequence. The weights begin with the first of
-    /// the positions, and their rows lie `stride` apart.
+    /// in one block; from zero where they begin the sequence. The weights are a line of each row, from the
+    /// first of the positions on.
     #[inline(always)]
     fn accumulate<S: Simd, const ROWS: usize>(
         &self,
         simd: S,
         positions: Range<usize>,
         weights: &[f32],
-        stride: usize,
         sums: &mut [f32],
     ) {
         let head_dim = self.op.cache.head_dim;
@@ -516,31 +526,38 @@ impl<E: Element> AttendTile<'_, E> {
         let tile = Tile {
             k: positions.len(),
             a: weights.as_ptr(),
-            a_step: 1,
-            a_stride: stride,
             b: values.as_ptr(),
             b_step: head_dim,
+            b_vector: LANES as isize,
             c: sums.as_mut_ptr(),
             c_stride: pad(head_dim),
+            c_vector: LANES,
             resume: positions.start > 0,
             ahead: values.as_ptr().cast(),
             ahead_step: 0,
         };
         assert!(sums.len() >= ROWS * pad(head_dim));
-        assert!(weights.len() >= (ROWS - 1) * stride + positions.len());
+        assert!(weights.len() >= (ROWS - 1) * LINE + positions.len());
         let at = |d: usize| Tile {
             b: tile.b.wrapping_add(d),
             c: tile.c.wrapping_add(d),
             ..tile
         };
         let mut d = 0;
-        // SAFETY (of all three): the columns lie within the values, (positions, D), and the sums,
+        // SAFETY (of all four): the columns lie within the values, (positions, D), and the sums,
         // (ROWS, pad(D)); the weights are as asserted.
         if ROWS == 1 {
             while d + 4 * LANES <= head_dim {
                 // SAFETY: as above.
                 unsafe { at(d).run::<S, ROWS, 4>(simd) };
                 d += 4 * LANES;
+            }
+        }
+        if ROWS > 1 && S::TILE_VECTORS == 2 {
+            while d + 2 * LANES <= head_dim {
+                // SAFETY: as above.
+                unsafe { at(d).run::<S, ROWS, 2>(simd) };
+                d += 2 * LANES;
             }
         }
         while d + LANES <= head_dim {
@@ -582,30 +599,31 @@ impl<E: Element> AttendTile<'_, E> {
     }
 }
 
-/// Turns the first `len` scores into `exp(score - maximum)` and returns their sum: by position modulo
-/// 16 first, then across. What follows them up to a whole vector becomes zero.
+/// Turns the first `len` scores of one of ROWS rows in lines into `exp(score - maximum)` and returns their sum: by
+/// position modulo 16 first, then across. What follows them up to a whole line becomes zero.
 #[inline(always)]
-fn softmax<S: Simd>(simd: S, scores: &mut [f32], len: usize) -> f32 {
-    let scores = &mut scores[..pad(len)];
-    let last = len - 1 - (len - 1) % LANES;
-    let tail = len - last;
+fn softmax<S: Simd, const ROWS: usize>(simd: S, scores: &mut [f32], len: usize) -> f32 {
+    let last = (len - 1) / LINE;
+    let tail = len - last * LINE;
+    assert!(scores.len() >= last * ROWS * LINE + LINE);
     let p = scores.as_mut_ptr();
-    // SAFETY: `p` begins `last / 16 + 1` whole vectors.
+    let line = |i: usize| p.wrapping_add(i * ROWS * LINE);
+    // SAFETY: there are `last + 1` lines.
     unsafe {
-        let mut maximum = simd.keep_first(simd.load_f32(p.add(last)), tail, f32::NEG_INFINITY);
-        for i in (0..last).step_by(LANES) {
-            maximum = simd.max(maximum, simd.load_f32(p.add(i)));
+        let mut maximum = simd.keep_first(simd.load_f32(line(last)), tail, f32::NEG_INFINITY);
+        for i in 0..last {
+            maximum = simd.max(maximum, simd.load_f32(line(i)));
         }
         let maximum = simd.splat(simd.max_lanes(maximum));
         let mut sum = simd.zero();
-        for i in (0..last).step_by(LANES) {
-            let e = simd.exp(simd.sub(simd.load_f32(p.add(i)), maximum));
-            simd.store_f32(p.add(i), e);
+        for i in 0..last {
+            let e = simd.exp(simd.sub(simd.load_f32(line(i)), maximum));
+            simd.store_f32(line(i), e);
             sum = simd.add(sum, e);
         }
-        let e = simd.exp(simd.sub(simd.load_f32(p.add(last)), maximum));
+        let e = simd.exp(simd.sub(simd.load_f32(line(last)), maximum));
         let e = simd.keep_first(e, tail, 0.0);
-        simd.store_f32(p.add(last), e);
+        simd.store_f32(line(last), e);
         simd.sum_lanes(simd.add(sum, e))
     }
 }

@@ -23,9 +23,6 @@ pub(super) trait Integer: bytemuck::Pod {
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
-
-    /// Its bits.
-    fn bits(self) -> u32;
 }
 
 impl Integer for i16 {
@@ -36,11 +33,6 @@ impl Integer for i16 {
         // SAFETY: the caller's.
         unsafe { simd.store_i16(p, v) }
     }
-
-    #[inline(always)]
-    fn bits(self) -> u32 {
-        self.cast_unsigned().into()
-    }
 }
 
 impl Integer for i8 {
@@ -50,11 +42,6 @@ impl Integer for i8 {
     unsafe fn store<S: Simd>(simd: S, p: *mut i8, v: S::V) {
         // SAFETY: the caller's.
         unsafe { simd.store_i8(p, v) }
-    }
-
-    #[inline(always)]
-    fn bits(self) -> u32 {
-        self.cast_unsigned().into()
     }
 }
 
@@ -109,7 +96,7 @@ mod tests {
     use crate::cpu::testing::{Random, isas};
 
     /// The integers of a run as numbers, their scale and their sum.
-    fn rounded<I: Integer>(isa: Isa, run: &[f32]) -> (Vec<f32>, f32, f32) {
+    fn rounded<I: Integer + Into<f32>>(isa: Isa, run: &[f32]) -> (Vec<f32>, f32, f32) {
         struct Round<'a, I>(&'a [f32], &'a mut [I; RUN]);
         impl<I: Integer> Kernel for Round<'_, I> {
             type Output = [f32; 2];
@@ -120,13 +107,11 @@ mod tests {
         }
         let mut integers = [I::zeroed(); RUN];
         let [scale, sum] = isa.run(Round(run, &mut integers));
-        let spare = 32 - 8 * size_of::<I>() as u32;
-        let number = |integer: I| (integer.bits() << spare).cast_signed() >> spare;
-        let numbers = integers[..run.len()].iter().map(|&i| number(i) as f32);
+        let numbers = integers[..run.len()].iter().map(|&integer| integer.into());
         (numbers.collect(), scale, sum)
     }
 
-    fn are_the_values<I: Integer>() {
+    fn are_the_values<I: Integer + Into<f32>>() {
         let mut random = Random::new(3);
         for len in [1, 15, 16, 33, 127, 128] {
             for magnitude in [1e-38, 1e-20, 1.0, 1e30] {

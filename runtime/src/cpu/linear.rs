@@ -6,7 +6,7 @@
 //! together with.
 //!
 //! W is taken panel by panel. Up to a few rows, a tile of all the rows and a whole panel across streams
-//! through memory. For more, a block of a panel that stays in the L1 cache meets all rows of a chunk
+//! through memory. For more, a block of a panel that stays in the L2 cache meets all rows of a chunk
 //! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
 //! fetched. Weights are converted in registers.
 
@@ -175,7 +175,7 @@ fn multiply<M: Matrix>(
     let (isa, pool) = (cpu.isa, &cpu.pool);
     let (t, k) = (out.rows(), op.weight.k());
     let tiles = Tiles::new(t, isa.run(TileRows::<M>(PhantomData)));
-    let (values, runs) = (weight.values(), weight.runs(k));
+    let (values, runs) = (weight.values(k), weight.runs(k));
 
     let prepare = Prepare {
         isa,
@@ -186,7 +186,7 @@ fn multiply<M: Matrix>(
     };
     let stats = &mut cpu.scratch.stats;
     prepare.residual_stats(stats, out);
-    let (rows, row_runs): (&[f32], &[f32]) = if t == 1 && op.norm.is_none() && M::INPUTS == 1 {
+    let (rows, row_runs): (&[f32], &[f32]) = if t == 1 && op.norm.is_none() && M::AS_THEY_ARE {
         (prepare.input(0), &[])
     } else {
         let rows = cpu
@@ -292,7 +292,7 @@ impl<'a, M: Matrix> Prepare<'a, M> {
     /// behind them the runs of each. Behind these there is room for a row of each tile.
     fn rows(&self, rows: &mut [f32], pool: &super::ThreadPool) {
         let (t, k) = (self.tiles.rows, self.x.cols());
-        let (values, runs) = (self.weight.values(), 2 * self.weight.runs(k));
+        let (values, runs) = (self.weight.values(k), 2 * self.weight.runs(k));
         let (rows, rest) = rows.split_at_mut(t * values);
         let (row_runs, spare) = rest.split_at_mut(t * runs);
         let (rows, row_runs, spare) =
@@ -360,7 +360,7 @@ struct Product<'a, M> {
     /// Values and runs of a prepared row.
     values: usize,
     runs: usize,
-    /// Prepared rows, tile by tile: (values, rows of the tile) each.
+    /// Prepared rows, tile by tile: (values / LINE, rows of the tile, LINE) each.
     rows: &'a [f32],
     /// Their runs, tile by tile: (runs, rows of the tile, 2) each.
     row_runs: &'a [f32],
@@ -477,7 +477,7 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
         let mut block = weight.block(panel, 0);
         for k0 in (0..k).step_by(block_k) {
             let inputs = k0..k.min(k0 + block_k);
-            let (first_value, first_run) = (k0 / M::INPUTS, weight.runs(k0));
+            let (first_value, first_run) = (weight.values(k0), weight.runs(k0));
             // Each call asks for its share of the next block.
             let next = weight.block(panel, inputs.end);
             let share = weight.bytes(M::STEP_INPUTS).div_ceil(calls);

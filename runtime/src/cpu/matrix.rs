@@ -5,36 +5,37 @@ use super::fixed::{self, RUN};
 use super::norm::load;
 use super::simd::{Codes, Element, LANES, Simd};
 use super::storage::IntPanels;
-use super::tile::{AnyRows, Bf16Tile, IntRows, IntTile, Tile};
+use super::tile::{AnyRows, Bf16Tile, IntRows, IntTile, LINE, Tile};
 use bytemuck::Zeroable;
 use half::bf16;
 use kiln_bundle::packing::PANEL;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Bytes of a panel in a block: half of the L1 cache.
-const BLOCK_BYTES: usize = 16 * 1024;
+/// Bytes of a panel in a block. It is read anew for each tile, from the L2 cache, ahead of time by itself; for blocks
+/// that stay in the L1 cache, sums would be put away and fetched again more often.
+const BLOCK_BYTES: usize = 64 * 1024;
 
 /// The panels of W in one way of storing them, and rows in the form that suits it.
 ///
-/// The rows of a tile are *prepared* together: values of four bytes, (values, rows), each of one input
-/// or several; and where rows are cut into runs, the scale and the sum of each, (runs, rows, 2).
+/// The rows of a tile are *prepared* together: values of four bytes in lines, (values / LINE, rows, LINE), each of
+/// one input or several; and where rows are cut into runs, the scale and the sum of each, (runs, rows, 2).
 pub(super) trait Matrix: Copy + Sync {
-    /// Inputs of a prepared value.
-    const INPUTS: usize;
     /// Inputs of a step of a tile.
     const STEP_INPUTS: usize;
+    /// Whether the values are those of the row itself.
+    const AS_THEY_ARE: bool = false;
 
     /// Rows of the tallest tile.
     fn tile_rows<S: Simd>() -> usize;
 
-    /// Values of a prepared row.
-    fn values(&self) -> usize;
+    /// Values that the first `k` inputs take in a prepared row, in whole lines; blocks and rows end there.
+    fn values(&self, k: usize) -> usize;
 
     /// Runs that end with input `k`, or before.
     fn runs(&self, k: usize) -> usize;
 
-    /// Inputs of a block that stays in the L1 cache: whole runs and values.
+    /// Inputs of a block that stays in the L2 cache: whole runs and lines.
     fn block_inputs(&self) -> usize;
 
     /// Bytes that `inputs` inputs of a panel take, about.
@@ -56,10 +57,17 @@ pub(super) trait Matrix: Copy + Sync {
 /// Where the rows of a tile are written to.
 pub(super) struct PreparedTile<'a> {
     pub(super) rows: usize,
-    /// (values, rows)
+    /// (values / LINE, rows, LINE)
     pub(super) values: &'a mut [f32],
     /// (runs, rows, 2)
     pub(super) runs: &'a mut [f32],
+}
+
+impl<'a> PreparedTile<'a> {
+    /// Line after line: that of each row.
+    fn lines(self) -> impl Iterator<Item = &'a mut [f32]> {
+        self.values.chunks_exact_mut(self.rows * LINE)
+    }
 }
 
 /// Where a block of a panel lies.
@@ -120,15 +128,15 @@ impl<'a, E> Floats<'a, E> {
 }
 
 impl<E: Element> Matrix for Floats<'_, E> {
-    const INPUTS: usize = 1;
     const STEP_INPUTS: usize = 1;
+    const AS_THEY_ARE: bool = true;
 
     fn tile_rows<S: Simd>() -> usize {
         S::TILE_ROWS
     }
 
-    fn values(&self) -> usize {
-        self.k
+    fn values(&self, k: usize) -> usize {
+        k.next_multiple_of(LINE)
     }
 
     fn runs(&self, _: usize) -> usize {
@@ -154,8 +162,8 @@ impl<E: Element> Matrix for Floats<'_, E> {
 
     #[inline(always)]
     fn prepare<S: Simd>(&self, _: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        for (x, column) in row.iter().zip(tile.values.chunks_exact_mut(tile.rows)) {
-            column[r] = *x;
+        for (part, lines) in row.chunks(LINE).zip(tile.lines()) {
+            lines[r * LINE..][..part.len()].copy_from_slice(part);
         }
     }
 
@@ -169,12 +177,12 @@ impl<E: Element> Matrix for Floats<'_, E> {
         let tile = Tile {
             k: part.inputs.len(),
             a: part.x,
-            a_step: part.rows,
-            a_stride: 1,
             b: block.cast::<E>().wrapping_add(part.column),
             b_step: PANEL,
+            b_vector: LANES as isize,
             c: part.sums,
             c_stride: PANEL,
+            c_vector: LANES,
             resume: part.inputs.start > 0,
             ahead,
             ahead_step,
@@ -196,15 +204,14 @@ impl<'a> Bf16Rows<'a> {
 }
 
 impl Matrix for Bf16Rows<'_> {
-    const INPUTS: usize = 2;
     const STEP_INPUTS: usize = 2;
 
     fn tile_rows<S: Simd>() -> usize {
         S::TILE_ROWS
     }
 
-    fn values(&self) -> usize {
-        self.0.k.div_ceil(2)
+    fn values(&self, k: usize) -> usize {
+        k.div_ceil(2).next_multiple_of(LINE)
     }
 
     fn runs(&self, _: usize) -> usize {
@@ -212,7 +219,7 @@ impl Matrix for Bf16Rows<'_> {
     }
 
     fn block_inputs(&self) -> usize {
-        self.0.block_inputs().next_multiple_of(2)
+        self.0.block_inputs()
     }
 
     fn bytes(&self, inputs: usize) -> usize {
@@ -226,19 +233,15 @@ impl Matrix for Bf16Rows<'_> {
 
     #[inline(always)]
     fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        let columns = tile.values.chunks_mut(LANES / 2 * tile.rows);
-        for (part, columns) in row.chunks(LANES).zip(columns) {
-            // A last value without another is paired with zero.
-            let mut rounded = [bf16::ZERO; LANES];
-            // SAFETY: what is loaded exists, and the array has sixteen elements.
-            unsafe {
-                let x = load(simd, part.as_ptr(), part.len());
-                bf16::store(simd, rounded.as_mut_ptr(), x);
-            }
-            let half = |x: bf16| u32::from(x.to_bits());
-            let pairs = rounded.chunks_exact(2);
-            for (pair, column) in pairs.zip(columns.chunks_exact_mut(tile.rows)) {
-                column[r] = f32::from_bits(half(pair[0]) | half(pair[1]) << 16);
+        for (part, lines) in row.chunks(2 * LINE).zip(tile.lines()) {
+            let line: &mut [bf16] = bytemuck::cast_slice_mut(&mut lines[r * LINE..][..LINE]);
+            for (i, line) in (0..).step_by(LANES).zip(line.chunks_exact_mut(LANES)) {
+                // SAFETY: what is loaded exists, if anything, and zeros make up sixteen values.
+                unsafe {
+                    let left = part.len().saturating_sub(i);
+                    let x = load(simd, part.as_ptr().wrapping_add(i), left);
+                    bf16::store(simd, line.as_mut_ptr(), x);
+                }
             }
         }
     }
@@ -289,16 +292,24 @@ impl<'a, C, R> Integers<'a, C, R> {
     }
 }
 
+impl<C: Codes, R: IntRows> Integers<'_, C, R> {
+    /// Words of R that a run of inputs takes, so that they meet whole words of C.
+    fn words(run: usize) -> usize {
+        run.next_multiple_of(C::INPUTS) / R::INPUTS
+    }
+}
+
 impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
-    const INPUTS: usize = R::INPUTS;
     const STEP_INPUTS: usize = C::INPUTS;
 
     fn tile_rows<S: Simd>() -> usize {
         S::INT_TILE_ROWS
     }
 
-    fn values(&self) -> usize {
-        self.k.next_multiple_of(C::INPUTS) / R::INPUTS
+    fn values(&self, k: usize) -> usize {
+        let run_values = |run: usize| Self::words(run).next_multiple_of(LINE);
+        let values = |k: usize| k / RUN * run_values(RUN) + run_values(k % RUN);
+        k / self.group * values(self.group) + values(k % self.group)
     }
 
     fn runs(&self, k: usize) -> usize {
@@ -332,8 +343,9 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
 
     #[inline(always)]
     fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        let mut values: &mut [u32] = bytemuck::cast_slice_mut(tile.values);
-        let mut runs = tile.runs.chunks_exact_mut(2 * tile.rows);
+        let rows = tile.rows;
+        let mut runs = tile.runs.chunks_exact_mut(2 * rows);
+        let mut lines = tile.values.chunks_exact_mut(rows * LINE);
         for run in row.chunks(self.group).flat_map(|group| group.chunks(RUN)) {
             // What fills up the last word is zero.
             let mut integers = [R::Integer::zeroed(); RUN];
@@ -345,15 +357,14 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
                 };
                 runs[2 * r..][..2].copy_from_slice(&[scale, second]);
             }
-            let words = integers[..run.len().next_multiple_of(C::INPUTS)].chunks_exact(C::INPUTS);
-            let parts = R::parts::<C>();
-            let (these, rest) = values.split_at_mut(words.len() * parts * tile.rows);
-            for (word, values) in words.zip(these.chunks_exact_mut(parts * tile.rows)) {
-                for p in 0..parts {
-                    values[p * tile.rows + r] = R::word(word[p..].iter().step_by(parts));
+            for integers in integers[..R::INPUTS * Self::words(run.len())].chunks(R::INPUTS * LINE)
+            {
+                if let Some(lines) = lines.next() {
+                    let line: &mut [R::Integer] =
+                        bytemuck::cast_slice_mut(&mut lines[r * LINE..][..LINE]);
+                    in_turn::<C, R>(integers, line);
                 }
             }
-            values = rest;
         }
     }
 
@@ -388,5 +399,19 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
         };
         // SAFETY: the caller's.
         unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
+    }
+}
+
+/// Integers of a row in the order in which parts of words of C meet them.
+#[inline(always)]
+fn in_turn<C: Codes, R: IntRows>(integers: &[R::Integer], words: &mut [R::Integer]) {
+    let parts = R::parts::<C>();
+    let inputs = integers.chunks_exact(C::INPUTS);
+    for (inputs, words) in inputs.zip(words.chunks_exact_mut(C::INPUTS)) {
+        for p in 0..parts {
+            for i in 0..R::INPUTS {
+                words[p * R::INPUTS + i] = inputs[i * parts + p];
+            }
+        }
     }
 }

@@ -29,21 +29,36 @@ macro_rules! unrolled {
     };
 }
 
-/// Where a tile finds its operands: `c[r][j] += sum over i of a[i][r] * b[i][j]`.
+/// Values of a row that lie together where the rows of a tile are in *lines*: (values / LINE, ROWS, LINE).
+/// It is a line of the cache.
+pub(super) const LINE: usize = 16;
+
+/// Values of a row, of which it has `values`, that lie together beside ROWS - 1 others.
+#[inline(always)]
+fn line_of<const ROWS: usize>(values: usize) -> usize {
+    // The lines of a single row lie one after the other.
+    if const { ROWS == 1 } {
+        values.max(1)
+    } else {
+        LINE
+    }
+}
+
+/// Where a tile finds its operands: `c[r][j] += sum over i of a[r][i] * b[i][j]`.
 #[derive(Clone, Copy)]
 pub(super) struct Tile<E> {
     /// Length of the sum.
     pub(super) k: usize,
-    /// `a[i][r]` at `a + i * a_step + r * a_stride`.
+    /// Rows in lines.
     pub(super) a: *const f32,
-    pub(super) a_step: usize,
-    pub(super) a_stride: usize,
-    /// `b[i]`, a run of vectors, at `b + i * b_step`.
+    /// `b[i]` at `b + i * b_step`, its vectors `b_vector` apart.
     pub(super) b: *const E,
     pub(super) b_step: usize,
-    /// `c[r]`, a run of vectors, at `c + r * c_stride`.
+    pub(super) b_vector: isize,
+    /// `c[r]` at `c + r * c_stride`, its vectors `c_vector` apart.
     pub(super) c: *mut f32,
     pub(super) c_stride: usize,
+    pub(super) c_vector: usize,
     /// Continue from the sums in `c` instead of from zero.
     pub(super) resume: bool,
     /// Memory that will be wanted next: `ahead + i * ahead_step` bytes is asked for in each step.
@@ -60,46 +75,45 @@ impl<E: Element> Tile<E> {
     #[inline(always)]
     pub(super) unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         let mut sums = [[simd.zero(); VECTORS]; ROWS];
+        let c = |r: usize, v: usize| self.c.wrapping_add(r * self.c_stride + v * self.c_vector);
         if self.resume {
             unrolled!(R in ROWS {
                 unrolled!(V in VECTORS {
                     // SAFETY: within `c`.
-                    sums[R][V] = unsafe { simd.load_f32(self.c.add(R * self.c_stride + V * LANES)) };
+                    sums[R][V] = unsafe { simd.load_f32(c(R, V)) };
                 });
             });
         }
         // Lines that a step of `b` takes in memory.
         let lines = (VECTORS * LANES * size_of::<E>()).div_ceil(64);
-        // A pointer a row: were they computed from one another in the loop, the compiler would load
-        // too many values of `a` ahead, and have no registers left for the sums.
-        let mut rows = [self.a; ROWS];
-        unrolled!(R in ROWS {
-            rows[R] = self.a.wrapping_add(R * self.a_stride);
-        });
-        let (mut b, mut ahead) = (self.b, self.ahead);
-        for i in 0..self.k {
-            for line in 0..lines {
-                simd.prefetch(ahead.wrapping_add(64 * line));
-            }
-            let mut column = [simd.zero(); VECTORS];
-            unrolled!(V in VECTORS {
-                // SAFETY: this step of `b`.
-                column[V] = unsafe { E::load(simd, b.add(V * LANES)) };
-            });
-            unrolled!(R in ROWS {
-                // SAFETY: the step of `a`.
-                let x = simd.splat(unsafe { *rows[R].add(i * self.a_step) });
+        let (mut a, mut b, mut ahead) = (self.a, self.b, self.ahead);
+        let line = line_of::<ROWS>(self.k);
+        for first in (0..self.k).step_by(line) {
+            for i in 0..line.min(self.k - first) {
+                for line in 0..lines {
+                    simd.prefetch(ahead.wrapping_add(64 * line));
+                }
+                let mut column = [simd.zero(); VECTORS];
                 unrolled!(V in VECTORS {
-                    sums[R][V] = simd.fma(x, column[V], sums[R][V]);
+                    // SAFETY: this step of `b`.
+                    column[V] = unsafe { E::load(simd, b.offset(V as isize * self.b_vector)) };
                 });
-            });
-            b = b.wrapping_add(self.b_step);
-            ahead = ahead.wrapping_add(self.ahead_step);
+                unrolled!(R in ROWS {
+                    // SAFETY: the step of `a`.
+                    let x = simd.splat(unsafe { *a.add(R * LINE + i) });
+                    unrolled!(V in VECTORS {
+                        sums[R][V] = simd.fma(x, column[V], sums[R][V]);
+                    });
+                });
+                b = b.wrapping_add(self.b_step);
+                ahead = ahead.wrapping_add(self.ahead_step);
+            }
+            a = a.wrapping_add(ROWS * LINE);
         }
         unrolled!(R in ROWS {
             unrolled!(V in VECTORS {
                 // SAFETY: within `c`.
-                unsafe { simd.store_f32(self.c.add(R * self.c_stride + V * LANES), sums[R][V]) };
+                unsafe { simd.store_f32(c(R, V), sums[R][V]) };
             });
         });
     }
@@ -111,7 +125,7 @@ impl<E: Element> Tile<E> {
 pub(super) struct Bf16Tile {
     /// Length of the sum.
     pub(super) k: usize,
-    /// Rows, interleaved: (K / 2, ROWS) pairs, the first in the lower half; the last alone where K is odd.
+    /// Rows in lines of pairs, the first in the lower half; the last alone where K is odd.
     pub(super) x: *const u32,
     /// `b[i]`, a run of vectors, at `b + i * PANEL`.
     pub(super) b: *const bf16,
@@ -143,35 +157,39 @@ impl Bf16Tile {
         }
         let lines = (2 * VECTORS * LANES * size_of::<bf16>()).div_ceil(64);
         let (mut x, mut b, mut ahead) = (self.x, self.b, self.ahead);
-        for i in (0..self.k).step_by(2) {
-            for line in 0..lines {
-                simd.prefetch(ahead.wrapping_add(64 * line));
-            }
-            let second = match i + 1 < self.k {
-                true => b.wrapping_add(PANEL),
-                false => NOTHING.as_ptr(),
-            };
-            let mut column = [simd.splat_word(0); VECTORS];
-            if const { VECTORS == 2 } {
-                // SAFETY: these steps of `b`.
-                column.copy_from_slice(&unsafe { simd.load_bf16_pairs_of_two(b, second) });
-            } else {
-                unrolled!(V in VECTORS {
-                    let at = V * LANES;
-                    // SAFETY: as above.
-                    column[V] = unsafe { simd.load_bf16_pairs(b.add(at), second.add(at)) };
+        let line = line_of::<ROWS>(self.k.div_ceil(2));
+        for first in (0..self.k).step_by(2 * line) {
+            let left = self.k - first;
+            for i in 0..line.min(left.div_ceil(2)) {
+                for line in 0..lines {
+                    simd.prefetch(ahead.wrapping_add(64 * line));
+                }
+                let second = match 2 * i + 1 < left {
+                    true => b.wrapping_add(PANEL),
+                    false => NOTHING.as_ptr(),
+                };
+                let mut column = [simd.splat_word(0); VECTORS];
+                if const { VECTORS == 2 } {
+                    // SAFETY: these steps of `b`.
+                    column.copy_from_slice(&unsafe { simd.load_bf16_pairs_of_two(b, second) });
+                } else {
+                    unrolled!(V in VECTORS {
+                        let at = V * LANES;
+                        // SAFETY: as above.
+                        column[V] = unsafe { simd.load_bf16_pairs(b.add(at), second.add(at)) };
+                    });
+                }
+                unrolled!(R in ROWS {
+                    // SAFETY: the step of `x`.
+                    let x = simd.splat_word(unsafe { *x.add(R * LINE + i) });
+                    unrolled!(V in VECTORS {
+                        sums[R][V] = simd.add_bf16_products(sums[R][V], column[V], x);
+                    });
                 });
+                b = b.wrapping_add(2 * PANEL);
+                ahead = ahead.wrapping_add(self.ahead_step);
             }
-            unrolled!(R in ROWS {
-                // SAFETY: the step of `x`.
-                let x = simd.splat_word(unsafe { *x.add(R) });
-                unrolled!(V in VECTORS {
-                    sums[R][V] = simd.add_bf16_products(sums[R][V], column[V], x);
-                });
-            });
-            x = x.wrapping_add(ROWS);
-            b = b.wrapping_add(2 * PANEL);
-            ahead = ahead.wrapping_add(self.ahead_step);
+            x = x.wrapping_add(ROWS * LINE);
         }
         unrolled!(R in ROWS {
             unrolled!(V in VECTORS {
@@ -192,14 +210,6 @@ pub(super) trait IntRows: Copy + Send + Sync {
     /// Inputs of a word of codes over those of a word of a row, at most 4.
     fn parts<C: Codes>() -> usize {
         C::INPUTS / Self::INPUTS
-    }
-
-    /// A word of integers, the first lowest.
-    #[inline(always)]
-    fn word<'a>(integers: impl Iterator<Item = &'a Self::Integer>) -> u32 {
-        let places = (0..u32::BITS).step_by(8 * size_of::<Self::Integer>());
-        let integers = integers.zip(places);
-        integers.fold(0, |word, (integer, place)| word | integer.bits() << place)
     }
 
     /// Part P of each word of codes.
@@ -272,7 +282,7 @@ pub(super) struct IntTile<C, R> {
     pub(super) group: usize,
     /// From a group to the next.
     pub(super) group_bytes: usize,
-    /// Rows of `x`, interleaved: (words of R, ROWS).
+    /// Rows in lines of words of R; a run begins a line.
     pub(super) x: *const u32,
     /// Of each run of `x`, (runs, ROWS, 2): its scale, and its sum where there are minima, else the word
     /// that [`IntRows::start`] takes.
@@ -324,7 +334,8 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                     self.add_run::<S, ROWS, VECTORS>(simd, products);
                 }
                 codes = codes.wrapping_add(words * PANEL);
-                self.x = self.x.wrapping_add(words * I::parts::<C>() * ROWS);
+                let lines = (words * I::parts::<C>()).div_ceil(LINE);
+                self.x = self.x.wrapping_add(lines * ROWS * LINE);
                 self.runs = self.runs.wrapping_add(2 * ROWS);
                 self.ahead = self.ahead.wrapping_add(words * self.ahead_step);
             }
@@ -353,31 +364,44 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
             sums[R] = [I::start::<C, S>(simd, unsafe { *self.runs.add(2 * R + 1) }); VECTORS];
         });
         let (mut x, mut ahead) = (self.x, self.ahead);
-        for _ in 0..words {
-            for line in 0..VECTORS {
-                simd.prefetch(ahead.wrapping_add(64 * line));
-            }
-            let mut step = [simd.splat_word(0); VECTORS];
-            unrolled!(V in VECTORS {
-                // SAFETY: this word of each output.
-                step[V] = unsafe { simd.load_words(codes.add(V * LANES).cast()) };
-            });
-            unrolled!(P in PARTS {
-                let mut column = step;
+        let words_a_line = line_of::<ROWS>(words * I::parts::<C>()) / I::parts::<C>();
+        let mut left = words;
+        while left > 0 {
+            // One at least, which the compiler is to know: else it keeps a copy of the sums.
+            let mut line = left.min(words_a_line);
+            left -= line;
+            let mut next = x;
+            loop {
+                for line in 0..VECTORS {
+                    simd.prefetch(ahead.wrapping_add(64 * line));
+                }
+                let mut step = [simd.splat_word(0); VECTORS];
                 unrolled!(V in VECTORS {
-                    column[V] = I::part::<C, S, P>(simd, step[V]);
+                    // SAFETY: this word of each output.
+                    step[V] = unsafe { simd.load_words(codes.add(V * LANES).cast()) };
                 });
-                unrolled!(R in ROWS {
-                    // SAFETY: the step of `x`.
-                    let x = simd.splat_word(unsafe { *x.add(P * ROWS + R) });
+                unrolled!(P in PARTS {
+                    let mut column = step;
                     unrolled!(V in VECTORS {
-                        sums[R][V] = I::add_products(simd, sums[R][V], column[V], x);
+                        column[V] = I::part::<C, S, P>(simd, step[V]);
+                    });
+                    unrolled!(R in ROWS {
+                        // SAFETY: the step of `x`.
+                        let x = simd.splat_word(unsafe { *next.add(R * LINE + P) });
+                        unrolled!(V in VECTORS {
+                            sums[R][V] = I::add_products(simd, sums[R][V], column[V], x);
+                        });
                     });
                 });
-            });
-            codes = codes.wrapping_add(PANEL);
-            x = x.wrapping_add(I::parts::<C>() * ROWS);
-            ahead = ahead.wrapping_add(self.ahead_step);
+                codes = codes.wrapping_add(PANEL);
+                next = next.wrapping_add(I::parts::<C>());
+                ahead = ahead.wrapping_add(self.ahead_step);
+                line -= 1;
+                if line == 0 {
+                    break;
+                }
+            }
+            x = x.wrapping_add(ROWS * LINE);
         }
         sums
     }
@@ -415,20 +439,20 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
     }
 }
 
-/// A tile of a number of rows known at run time, which are interleaved: in a [`Tile`], `a_step` and
-/// `a_stride` are taken to be that number and 1.
+/// A tile of a number of rows known at run time, which are in lines; in a [`Tile`] vectors are taken to be
+/// neighbours.
 pub(super) trait AnyRows: Copy {
     /// As [`Kernel::DOTS`].
     const DOTS: Option<Dots> = None;
 
     /// # Safety
     /// The operands exist for ROWS rows and VECTORS vectors, and `c` overlaps none of them.
-    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S);
+    unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S);
 
     /// Computes at most `S::TILE_ROWS` rows, or `S::DIRECT_ROWS` where the tile is wider than others.
     ///
     /// # Safety
-    /// As `run_interleaved`.
+    /// As `run_lines`.
     #[inline(always)]
     unsafe fn run_rows<S: Simd, const VECTORS: usize>(self, simd: S, rows: usize) {
         macro_rules! by_rows {
@@ -451,10 +475,10 @@ pub(super) trait AnyRows: Copy {
 
 impl<E: Element> AnyRows for Tile<E> {
     #[inline(always)]
-    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+    unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         let tile = Tile {
-            a_step: ROWS,
-            a_stride: 1,
+            b_vector: LANES as isize,
+            c_vector: LANES,
             ..self
         };
         // SAFETY: the caller's.
@@ -466,7 +490,7 @@ impl AnyRows for Bf16Tile {
     const DOTS: Option<Dots> = Some(Dots::Bf16);
 
     #[inline(always)]
-    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+    unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         // SAFETY: the caller's.
         unsafe { self.run::<S, ROWS, VECTORS>(simd) };
     }
@@ -476,14 +500,14 @@ impl<C: Codes, I: IntRows> AnyRows for IntTile<C, I> {
     const DOTS: Option<Dots> = Some(Dots::Integers);
 
     #[inline(always)]
-    unsafe fn run_interleaved<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+    unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         // SAFETY: the caller's.
         unsafe { self.run::<S, ROWS, VECTORS>(simd) };
     }
 }
 
 /// A tile whose loop is compiled by itself: among others the compiler would not keep the sums of each
-/// in registers. Made only where [`AnyRows::run_interleaved`] may be called.
+/// in registers. Made only where [`AnyRows::run_lines`] may be called.
 struct Outlined<T, const ROWS: usize, const VECTORS: usize>(T);
 
 impl<T: AnyRows, const ROWS: usize, const VECTORS: usize> Kernel for Outlined<T, ROWS, VECTORS> {
@@ -493,7 +517,7 @@ impl<T: AnyRows, const ROWS: usize, const VECTORS: usize> Kernel for Outlined<T,
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         // SAFETY: that of `run_rows`, which alone makes these.
-        unsafe { self.0.run_interleaved::<S, ROWS, VECTORS>(simd) };
+        unsafe { self.0.run_lines::<S, ROWS, VECTORS>(simd) };
     }
 }
 

@@ -14,12 +14,23 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
 }
 
-/// An instruction applied to both halves.
+/// An instruction applied to both halves, or several to those of one value. (Closures that an array is mapped by
+/// may not be inlined, and are functions without the features then.)
 macro_rules! halves {
     ($instruction:ident($($v:ident),*)) => {
         // SAFETY: a value of `Avx2` exists only where the machine has the instruction.
         unsafe { [$instruction($($v[0]),*), $instruction($($v[1]),*)] }
     };
+    (for $half:ident in $v:expr => $instructions:expr) => {{
+        let [low, high] = $v;
+        // SAFETY: as above.
+        unsafe {
+            [
+                { let $half = low; $instructions },
+                { let $half = high; $instructions },
+            ]
+        }
+    }};
 }
 
 impl Simd for Avx2 {
@@ -81,14 +92,12 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn round(self, v: Self::V) -> Self::V {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        // SAFETY: as in `halves!`.
-        v.map(|v| unsafe { _mm256_round_ps::<NEAREST>(v) })
+        halves!(for v in v => _mm256_round_ps::<NEAREST>(v))
     }
 
     #[inline(always)]
     fn exp2_integral(self, n: Self::V) -> Self::V {
-        // SAFETY: as in `halves!`.
-        n.map(|n| unsafe {
+        halves!(for n in n => {
             let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
         })
@@ -166,26 +175,22 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // SAFETY: as in `halves!`; sixteen values are readable.
-        unsafe {
-            [0, 8].map(|half| {
-                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.add(half).cast()));
-                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.add(half).cast()));
-                _mm256_or_si256(low, _mm256_slli_epi32::<16>(high))
-            })
-        }
+        // Sixteen values are readable.
+        halves!(for half in [0, 8] => {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.add(half).cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.add(half).cast()));
+            _mm256_or_si256(low, _mm256_slli_epi32::<16>(high))
+        })
     }
 
     #[inline(always)]
     fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe { _mm256_xor_si256(words, _mm256_set1_epi8(i8::MIN)) })
+        halves!(for words in words => _mm256_xor_si256(words, _mm256_set1_epi8(i8::MIN)))
     }
 
     #[inline(always)]
     fn nibble_quad<const P: usize>(self, words: Self::Words) -> Self::Words {
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe {
+        halves!(for words in words => {
             let low = match P {
                 0 => words,
                 _ => _mm256_srli_epi32::<4>(words),
@@ -196,8 +201,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe {
+        halves!(for words in words => {
             let high = match P {
                 0 => _mm256_slli_epi16::<8>(words),
                 _ => words,
@@ -208,8 +212,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn nibble_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe {
+        halves!(for words in words => {
             let low = match P {
                 0 => words,
                 1 => _mm256_srli_epi32::<4>(words),
@@ -224,32 +227,26 @@ impl Simd for Avx2 {
     fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
         let products = halves!(_mm256_madd_epi16(a, b));
         let sums = halves!(_mm256_add_epi32(sums, products));
-        // SAFETY: as in `halves!`.
-        sums.map(|sums| unsafe { pinned(sums) })
+        halves!(for sums in sums => pinned(sums))
     }
 
     #[inline(always)]
     fn unsigned_byte_pair<const P: usize>(self, words: Self::Words) -> Self::Words {
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe {
-            match P {
-                0 => _mm256_and_si256(words, _mm256_set1_epi16(0xff)),
-                _ => _mm256_srli_epi16::<8>(words),
-            }
+        halves!(for words in words => match P {
+            0 => _mm256_and_si256(words, _mm256_set1_epi16(0xff)),
+            _ => _mm256_srli_epi16::<8>(words),
         })
     }
 
     #[inline(always)]
     fn lower_bf16(self, words: Self::Words) -> Self::V {
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)) })
+        halves!(for words in words => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)))
     }
 
     #[inline(always)]
     fn upper_bf16(self, words: Self::Words) -> Self::V {
         const UPPER: i32 = i32::MIN >> 15;
-        // SAFETY: as in `halves!`.
-        words.map(|words| unsafe {
+        halves!(for words in words => {
             _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(UPPER)))
         })
     }
