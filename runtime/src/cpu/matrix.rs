@@ -207,7 +207,7 @@ impl Matrix for Bf16Rows<'_> {
     const STEP_INPUTS: usize = 2;
 
     fn tile_rows<S: Simd>() -> usize {
-        S::TILE_ROWS
+        S::BF16_TILE_ROWS
     }
 
     fn values(&self, k: usize) -> usize {
@@ -353,7 +353,7 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
             if let Some(runs) = runs.next() {
                 let second = match C::HAVE_MINIMA {
                     true => scale * sum,
-                    false => f32::from_bits((-C::QUAD_OFFSET * sum as i32).cast_unsigned()),
+                    false => f32::from_bits((-C::quad_offset::<S>() * sum as i32).cast_unsigned()),
                 };
                 runs[2 * r..][..2].copy_from_slice(&[scale, second]);
             }

@@ -1,5 +1,6 @@
 //! What the kernels' tests share: deterministic numbers, packed weights, and a [`Cpu`] of each kind.
 
+use super::simd::FUSED;
 use super::{Cpu, Isa, PackedMatrix, Storage, StorageMut, ThreadPool};
 use half::{bf16, f16};
 use kiln_bundle::{IntFormat, WeightFormat, packing};
@@ -39,6 +40,11 @@ impl Random {
 /// The instruction sets of this machine.
 pub(super) fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.is_supported())
+}
+
+/// Those of them that round a multiply-add once, as all but the portable one surely do.
+pub(super) fn fused_isas() -> impl Iterator<Item = Isa> {
+    isas().filter(|isa| FUSED || *isa != Isa::Portable)
 }
 
 /// A CPU for each instruction set, with one to three threads.

@@ -245,7 +245,8 @@ impl IntRows for Pairs {
     }
 }
 
-/// Quads of 8 bits. Codes are made positive for their products, and a run's sums start from what that adds.
+/// Quads of 8 bits. Where products want codes without sign, these are raised, and a run's sums start from what
+/// that adds.
 #[derive(Clone, Copy)]
 pub(super) struct Quads;
 
@@ -264,7 +265,7 @@ impl IntRows for Quads {
 
     #[inline(always)]
     fn start<C: Codes, S: Simd>(simd: S, second: f32) -> S::Words {
-        match const { C::QUAD_OFFSET } {
+        match C::quad_offset::<S>() {
             0 => simd.splat_word(0),
             _ => simd.splat_word(second.to_bits()),
         }

@@ -184,7 +184,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
+    fn byte_quad(self, words: Self::Words) -> Self::Words {
         halves!(for words in words => _mm256_xor_si256(words, _mm256_set1_epi8(i8::MIN)))
     }
 

@@ -205,7 +205,7 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
+    fn byte_quad(self, words: Self::Words) -> Self::Words {
         proven!(_mm512_xor_si512(words, _mm512_set1_epi8(i8::MIN)))
     }
 

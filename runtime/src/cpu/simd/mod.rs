@@ -1,20 +1,26 @@
-//! Vectors of sixteen `f32`, whatever the machine's registers: one of AVX-512, two of AVX2, or an
-//! array. Kernels are written once over [`Simd`]; because the lanes are always sixteen, reductions
+//! Vectors of sixteen `f32`, whatever the machine's registers: one of AVX-512, two of AVX2, four of
+//! NEON, or an array. Kernels are written once over [`Simd`]; because the lanes are always sixteen, reductions
 //! have the same order everywhere.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 use half::{bf16, f16};
+#[cfg(test)]
+pub(super) use portable::FUSED;
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::{env, fmt, str::FromStr, sync::OnceLock};
 
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
-/// Instruction sets that kernels are compiled for, slowest first.
+/// Instruction sets that kernels are compiled for, of a processor's the slowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
     /// Whatever the build's target has at least.
@@ -27,16 +33,25 @@ pub enum Isa {
     Avx512Vnni,
     /// Besides that, dot products of bf16.
     Avx512Bf16,
+    /// AArch64 with NEON.
+    Neon,
+    /// Besides that, dot products of bytes (DotProd).
+    NeonDot,
+    /// Besides that, products of bf16.
+    NeonBf16,
 }
 
 impl Isa {
-    /// All of them, slowest first.
-    pub const ALL: [Isa; 5] = [
+    /// All of them, of a processor's the slowest first.
+    pub const ALL: [Isa; 8] = [
         Isa::Portable,
         Isa::Avx2,
         Isa::Avx512,
         Isa::Avx512Vnni,
         Isa::Avx512Bf16,
+        Isa::Neon,
+        Isa::NeonDot,
+        Isa::NeonBf16,
     ];
 
     /// The best that this machine has, or the one that the environment variable `KILN_ISA` names.
@@ -86,7 +101,12 @@ impl Isa {
             Isa::Avx512Bf16 => {
                 Isa::Avx512Vnni.is_supported() && is_x86_feature_detected!("avx512bf16")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => Isa::Neon.is_supported() && is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16 => Isa::NeonDot.is_supported() && is_aarch64_feature_detected!("bf16"),
             _ => false,
         }
     }
@@ -111,6 +131,9 @@ impl Isa {
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Neon => "neon",
+            Isa::NeonDot => "neondot",
+            Isa::NeonBf16 => "neonbf16",
         }
     }
 
@@ -124,6 +147,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => unsafe { avx512::run(self, kernel) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            Isa::Neon | Isa::NeonDot | Isa::NeonBf16 => unsafe { neon::run(self, kernel) },
             _ => portable::run(kernel),
         }
     }
@@ -148,7 +174,9 @@ impl FromStr for Isa {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IsaError {
     /// No such name.
-    #[error("KILN_ISA is {0:?}; known are portable, avx2, avx512, avx512vnni and avx512bf16")]
+    #[error(
+        "KILN_ISA is {0:?}; known are portable, avx2, avx512, avx512vnni, avx512bf16, neon, neondot and neonbf16"
+    )]
     Unknown(String),
     /// Known, but this machine cannot run it.
     #[error("this machine has no {0}; unset KILN_ISA to use the best that it has")]
@@ -169,8 +197,8 @@ pub(super) enum Dots {
 pub(super) trait Kernel {
     type Output;
 
-    /// Dot products that it gains from, if it is run by [`Simd::outlined`]. Levels of AVX-512 differ in
-    /// nothing else, and so in no other code.
+    /// Dot products that it gains from, if it is run by [`Simd::outlined`]. Levels of AVX-512 and of
+    /// NEON differ in nothing else, and so in no other code.
     const DOTS: Option<Dots> = None;
 
     fn run<S: Simd>(self, simd: S) -> Self::Output;
@@ -190,8 +218,13 @@ pub(super) trait Simd: Copy {
     const TILE_VECTORS: usize;
     /// Rows of a register tile of products of integers, at most `TILE_ROWS`.
     const INT_TILE_ROWS: usize;
+    /// Rows of a register tile of products of bf16, at most `TILE_ROWS`.
+    const BF16_TILE_ROWS: usize = Self::TILE_ROWS;
     /// Rows up to which a tile is a whole panel of weights across: 2, or more where others are too.
     const DIRECT_ROWS: usize;
+    /// What signed bytes are raised by to be factors of [`Simd::add_quad_products`]: 128, so that they have no
+    /// sign, or nothing.
+    const QUAD_OFFSET: i32 = 128;
 
     /// Runs `kernel` as a function of its own. Implementations are `#[inline(never)]` themselves, and
     /// without target features, because rustc drops that attribute from functions that have some.
@@ -252,8 +285,8 @@ pub(super) trait Simd: Copy {
             ]
         }
     }
-    /// Signed bytes plus 128.
-    fn bytes_above_zero(self, words: Self::Words) -> Self::Words;
+    /// Signed bytes plus QUAD_OFFSET.
+    fn byte_quad(self, words: Self::Words) -> Self::Words;
     /// Of each byte, the four bits from `4 * P`; P is 0 or 1.
     fn nibble_quad<const P: usize>(self, words: Self::Words) -> Self::Words;
     /// Of each half of each word, byte P as a number of 16 bits; P is 0 or 1.
@@ -296,7 +329,8 @@ pub(super) trait Simd: Copy {
     /// Asks for the cache line at `p`, which need not be valid.
     fn prefetch(self, p: *const u8);
 
-    /// To each word of `sums` the products of the bytes of `a`, without sign, and of `b`, as signed numbers.
+    /// To each word of `sums` the products of the bytes of `a`, without sign where there is a QUAD_OFFSET, and of
+    /// `b`, signed and from -127.
     #[inline(always)]
     fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
         quad_products_by_pairs(self, sums, a, b)
@@ -459,13 +493,14 @@ impl Element for bf16 {
 pub(super) trait Codes: Copy + Send + Sync {
     /// Inputs of a word.
     const INPUTS: usize;
-    /// What the numbers of quads, which have no sign, are too large by.
-    const QUAD_OFFSET: i32;
     /// Whether groups have a minimum besides their scale.
     const HAVE_MINIMA: bool;
 
     /// Pair P of each word.
     fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
+
+    /// What the numbers of quads are too large by.
+    fn quad_offset<S: Simd>() -> i32;
 
     /// Quad P of each word.
     fn quad<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
@@ -478,7 +513,6 @@ pub(super) struct Bytes(u32);
 
 impl Codes for Bytes {
     const INPUTS: usize = 4;
-    const QUAD_OFFSET: i32 = 128;
     const HAVE_MINIMA: bool = false;
 
     #[inline(always)]
@@ -487,8 +521,13 @@ impl Codes for Bytes {
     }
 
     #[inline(always)]
+    fn quad_offset<S: Simd>() -> i32 {
+        S::QUAD_OFFSET
+    }
+
+    #[inline(always)]
     fn quad<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
-        simd.bytes_above_zero(words)
+        simd.byte_quad(words)
     }
 }
 
@@ -499,12 +538,16 @@ pub(super) struct Nibbles(u32);
 
 impl Codes for Nibbles {
     const INPUTS: usize = 8;
-    const QUAD_OFFSET: i32 = 0;
     const HAVE_MINIMA: bool = true;
 
     #[inline(always)]
     fn pair<S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
         simd.nibble_pair::<P>(words)
+    }
+
+    #[inline(always)]
+    fn quad_offset<S: Simd>() -> i32 {
+        0
     }
 
     #[inline(always)]
@@ -516,7 +559,7 @@ impl Codes for Nibbles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::testing::{Random, isas};
+    use crate::cpu::testing::{Random, fused_isas, isas};
 
     /// Applies a function of vectors to sixteen values.
     macro_rules! lanes {
@@ -543,7 +586,7 @@ mod tests {
         let error = "sse9".parse::<Isa>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "KILN_ISA is \"sse9\"; known are portable, avx2, avx512, avx512vnni and avx512bf16"
+            "KILN_ISA is \"sse9\"; known are portable, avx2, avx512, avx512vnni, avx512bf16, neon, neondot and neonbf16"
         );
         for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_supported()) {
             assert_eq!(isa.supported(), Err(IsaError::Unsupported(isa)));
@@ -728,10 +771,18 @@ mod tests {
                     let sums = simd.add_pair_products(simd.splat_word(-7_i32 as u32), pair, x);
                     simd.to_array(simd.words_to_f32(sums))
                 };
-                let quads = |quad| {
-                    let sums = simd.add_quad_products(simd.splat_word(-7_i32 as u32), quad, x);
+                let sum: i32 = self
+                    .1
+                    .to_le_bytes()
+                    .map(|byte| i32::from(byte as i8))
+                    .iter()
+                    .sum();
+                let quads = |quad, offset: i32| {
+                    let start = (-7 - offset * sum).cast_unsigned();
+                    let sums = simd.add_quad_products(simd.splat_word(start), quad, x);
                     simd.to_array(simd.words_to_f32(sums))
                 };
+                let (bytes, nibbles) = (Bytes::quad_offset::<S>(), Nibbles::quad_offset::<S>());
                 vec![
                     product(Bytes::pair::<S, 0>(simd, words)),
                     product(Bytes::pair::<S, 1>(simd, words)),
@@ -739,16 +790,23 @@ mod tests {
                     product(Nibbles::pair::<S, 1>(simd, words)),
                     product(Nibbles::pair::<S, 2>(simd, words)),
                     product(Nibbles::pair::<S, 3>(simd, words)),
-                    quads(Bytes::quad::<S, 0>(simd, words)),
-                    quads(Nibbles::quad::<S, 0>(simd, words)),
-                    quads(Nibbles::quad::<S, 1>(simd, words)),
+                    quads(Bytes::quad::<S, 0>(simd, words), bytes),
+                    quads(Nibbles::quad::<S, 0>(simd, words), nibbles),
+                    quads(Nibbles::quad::<S, 1>(simd, words), nibbles),
                 ]
             }
         }
         let mut random = Random::new(5);
-        for _ in 0..100 {
-            let words: [u32; LANES] = std::array::from_fn(|_| random.next_u32());
-            let x = random.next_u32();
+        for round in 0..100 {
+            let (words, x): ([u32; LANES], u32) = match round {
+                // The largest sums of products.
+                0 => ([0x8080_8080; LANES], 0x8181_8181),
+                1 => ([0x8080_8080; LANES], 0x7f7f_7f7f),
+                _ => (
+                    std::array::from_fn(|_| random.next_u32()),
+                    random.next_u32(),
+                ),
+            };
             let (low, high) = (i32::from(x as i16), i32::from((x >> 16) as i16));
             let byte = |word: u32, i: usize| i32::from((word >> (8 * i)) as i8);
             let nibble = |word: u32, i: usize| (word >> (4 * i) & 15) as i32;
@@ -758,7 +816,7 @@ mod tests {
                     let expect = words.map(|word| match p {
                         0 | 1 => byte(word, p) * low + byte(word, p + 2) * high - 7,
                         2..6 => nibble(word, p - 2) * low + nibble(word, p + 2) * high - 7,
-                        6 => sum(&|i| byte(word, i) + Bytes::QUAD_OFFSET) - 7,
+                        6 => sum(&|i| byte(word, i)) - 7,
                         _ => sum(&|i| nibble(word, p - 7 + 2 * i)) - 7,
                     });
                     assert_eq!(found, expect.map(|sum| sum as f32), "{isa}: part {p}");
@@ -798,18 +856,25 @@ mod tests {
             }
         }
         let mut random = Random::new(9);
-        let mut row =
-            || -> [bf16; LANES] { std::array::from_fn(|_| bf16::from_f32(random.values(1)[0])) };
-        for _ in 0..1000 {
+        for round in 0..2000 {
+            // Every second time of all magnitudes, of which subnormal numbers are zero to AVX-512.
+            let any = round % 2 == 1;
+            let mut row = || -> [bf16; LANES] {
+                std::array::from_fn(|_| match any {
+                    true => bf16::from_bits(random.next_u32() as u16),
+                    false => bf16::from_f32(random.values(1)[0]),
+                })
+            };
             let (rows, x) = ([row(), row()], row());
             let sums = row().map(|x| x.to_f32() * 1.2345);
             let expect: [f32; LANES] = std::array::from_fn(|i| {
                 let sum = rows[1][i].to_f32().mul_add(x[1].to_f32(), sums[i]);
                 rows[0][i].to_f32().mul_add(x[0].to_f32(), sum)
             });
-            for isa in isas().filter(|isa| *isa != Isa::Portable) {
+            let bits = |x: f32| if x.is_nan() { None } else { Some(x.to_bits()) };
+            for isa in fused_isas().filter(|isa| !any || *isa != Isa::Avx512Bf16) {
                 for found in isa.run(Outlined(Products(&rows, [x[0], x[1]], sums))) {
-                    assert_eq!(found.map(f32::to_bits), expect.map(f32::to_bits), "{isa}");
+                    assert_eq!(found.map(bits), expect.map(bits), "{isa}");
                 }
             }
         }

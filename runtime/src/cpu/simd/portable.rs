@@ -13,7 +13,7 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
 }
 
 /// Whether the target surely has a fused multiply-add; elsewhere it would be a function call.
-const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
+pub(in crate::cpu) const FUSED: bool = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
 
 #[inline(always)]
 fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
@@ -148,7 +148,7 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn bytes_above_zero(self, words: Self::Words) -> Self::Words {
+    fn byte_quad(self, words: Self::Words) -> Self::Words {
         words.map(|word| word ^ 0x8080_8080)
     }
 
