@@ -45,8 +45,8 @@ pub struct Arguments {
     lm_head: Option<WeightFormat>,
     /// What the CPU rounds rows of activations to before products with weights of the same kind: int8 (a scale
     /// for each 128 inputs of a row) beside int8 or int4, bf16 beside bf16. Prompts and batches are computed
-    /// faster on processors with VNNI or BF16 of AVX-512, DotProd or BF16 of Arm, and logits are less exact [default: f32 stays f32, and
-    /// becomes integers of 16 bits beside integers]
+    /// faster on processors with AVX-512 VNNI or BF16, with int8 also on those of Arm with DotProd, and logits
+    /// are less exact [default: f32 stays f32, and becomes integers of 16 bits beside integers]
     #[arg(long, value_name = "TYPE", value_enum)]
     activations: Option<ActivationsName>,
     /// A text like those that the model is for, UTF-8. Matrices of integers are rounded so that what they

@@ -23,9 +23,9 @@ const PASSES: usize = 9;
 /// Rounds of a pass: a millisecond or so.
 const ROUNDS: usize = 100_000;
 /// Chains that a core needs under way at once: latency times operations a cycle, where registers
-/// are vectors (AVX-512), or halves of one.
+/// are vectors (AVX-512), or parts of one.
 const CHAINS: usize = 12;
-const CHAINS_OF_HALVES: usize = 6;
+const CHAINS_OF_PARTS: usize = 6;
 
 /// Measures all with all threads of `pool`.
 pub fn peak(pool: &ThreadPool, isa: Isa) -> Peak {
@@ -84,8 +84,8 @@ impl<A: Arithmetic> Kernel for Chains<A> {
             A::chains::<S, CHAINS>(simd);
             CHAINS
         } else {
-            A::chains::<S, CHAINS_OF_HALVES>(simd);
-            CHAINS_OF_HALVES
+            A::chains::<S, CHAINS_OF_PARTS>(simd);
+            CHAINS_OF_PARTS
         };
         ROUNDS * chains * LANES * A::OPERATIONS
     }
@@ -183,7 +183,7 @@ mod tests {
         let pool = ThreadPool::new(1).unwrap();
         for isa in isas() {
             let peak = peak(&pool, isa);
-            // A register a cycle of 16 lanes, or two halves, at less than 6 GHz and with twice the room;
+            // Sixteen lanes a cycle, in one register or in parts, at less than 6 GHz and with twice the room;
             // products that were made once for all rounds would be faster than that.
             for (rate, operations) in [
                 (peak.float_gflop_per_s, 2),

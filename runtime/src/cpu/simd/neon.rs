@@ -380,7 +380,7 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe {
-            asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nomem, nostack, preserves_flags));
+            asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags));
         }
     }
 

@@ -118,7 +118,7 @@ pub(super) fn find(ordinal: u32) -> Result<(sys::CUdevice, NvidiaGpu), DriverErr
     check(result, "cuDeviceGetName", &place)?;
     let name: Vec<u8> = name
         .iter()
-        .map(|&c| c as u8)
+        .map(|&c| c.to_ne_bytes()[0])
         .take_while(|&c| c != 0)
         .collect();
     let major = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
