@@ -654,10 +654,21 @@ mod tests {
                 lanes!(isa, x, |s, v| s.exp2_integral(s.round(v))),
                 x.map(|x| x.round_ties_even().exp2())
             );
-            assert!(
-                lanes!(isa, x, |s, v| s.max(v, s.splat(f32::NAN)))
-                    .iter()
-                    .all(|y| y.is_nan())
+            // The second where either is no number.
+            let nan = [f32::NAN; LANES];
+            for output in [
+                lanes!(isa, x, |s, v| s.max(v, s.splat(f32::NAN))),
+                lanes!(isa, x, |s, v| s.min(v, s.splat(f32::NAN))),
+            ] {
+                assert!(output.iter().all(|y| y.is_nan()), "{isa}");
+            }
+            assert_eq!(
+                lanes!(isa, nan, |s, v| s.max(v, s.splat(1.0))),
+                [1.0; LANES]
+            );
+            assert_eq!(
+                lanes!(isa, nan, |s, v| s.min(v, s.splat(1.0))),
+                [1.0; LANES]
             );
             assert_eq!(lanes!(isa, x, |s, v| s.splat(s.sum_lanes(v))), [0.0; LANES]);
             assert_eq!(lanes!(isa, x, |s, v| s.splat(s.max_lanes(v))), [7.5; LANES]);
