@@ -41,7 +41,8 @@ PROMPT, STEPS, PREFILL = 32, 32, 512
 
 # What is measured of each class: peer and format.
 CLASSES = {
-    "f32": [("kiln", "f32"), ("ctranslate2", "f32"), ("openvino", "f32"), ("torch", "f32"), ("torch-compiled", "f32"), ("llama", "f32")],
+    "f32": [("kiln", "f32"), ("ctranslate2", "f32"), ("openvino", "f32"), ("openvino", "f32-bf16"), ("torch", "f32"), ("torch-compiled", "f32"),
+            ("llama", "f32")],
     "16bit": [("kiln", "bf16"), ("kiln", "bf16-a16"), ("ctranslate2", "bf16"), ("openvino", "f16"), ("torch", "bf16"), ("torch-compiled", "bf16"),
               ("llama", "bf16"), ("llama", "f16")],
     "int8": [("kiln", "int8"), ("kiln", "int8-a8"), ("ctranslate2", "int8"), ("openvino", "int8"), ("torch", "int8"), ("llama", "int8")],

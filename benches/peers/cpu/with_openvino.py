@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """OPT and GPT-2 by OpenVINO: exported by optimum-intel, run by OpenVINO's own requests.
 
-Formats f32, f16 (weights only), int8 and int4 (weights only, as optimum-intel makes them by default).
+Formats f32, f16 (weights only), int8 and int4 (weights only, as optimum-intel makes them by default). Left alone,
+OpenVINO computes in bf16 on processors that have it, whatever the weights: f32 is made to compute in f32, and f32-bf16
+is f32 left alone.
 The head is applied to the last position alone, as OpenVINO GenAI does it. Answers the requests of
 serving.py.
 """
@@ -12,12 +14,17 @@ from pathlib import Path
 
 import serving
 
-WEIGHTS = {"f32": "fp32", "f16": "fp16", "int8": "int8", "int4": "int4"}
+WEIGHTS = {"f32": "fp32", "f32-bf16": "fp32", "f16": "fp16", "int8": "int8", "int4": "int4"}
 
 
 def convert(args):
     if args.format not in WEIGHTS:
         raise serving.Unsupported(f"OpenVINO is not measured in {args.format}; without bf16 in hardware it computes in f32")
+    if args.format == "f32-bf16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise serving.Unsupported("OpenVINO computes in f32 on this processor")
     cli = Path(sys.executable).with_name("optimum-cli")
     subprocess.run(
         [cli, "export", "openvino", "--model", args.hf_dir, "--task", "text-generation-with-past",
@@ -27,13 +34,13 @@ def convert(args):
 
 
 def load(args):
-    return OpenVino(args.folder, args.threads)
+    return OpenVino(args.folder, args.threads, exact=args.format == "f32")
 
 
 class OpenVino(serving.System):
     """One request of a model whose cache is its state."""
 
-    def __init__(self, folder, threads):
+    def __init__(self, folder, threads, exact):
         import numpy
         import openvino
 
@@ -42,6 +49,8 @@ class OpenVino(serving.System):
         model = core.read_model(folder / "openvino_model.xml")
         keep_last_position(openvino, model)
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        if exact:
+            options["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = core.compile_model(model, "CPU", options)
         self.inputs = {name for port in compiled.inputs for name in port.get_names()}
         self.vocab_size = compiled.output(0).get_partial_shape()[2].get_length()
