@@ -247,7 +247,7 @@ const PARTS: [PartOf; 11] = [
     ),
     (
         StepPart::Launch.name(),
-        "having kernels run: on a CPU looking up weights and buffers, on a GPU calls of the driver",
+        "having kernels run: on a CPU finding weights and buffers, on a GPU calls of the driver",
         |step| step.without(StepPart::Launch, &[step.kernels]),
     ),
     ("kernels", "of the model", |step| step.kernels),

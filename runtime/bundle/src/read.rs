@@ -354,6 +354,11 @@ impl WeightFile {
         Ok(WeightFile { map, ..self })
     }
 
+    /// All of its bytes.
+    pub fn data(&self) -> &[u8] {
+        &self.map
+    }
+
     /// Where a tensor's bytes lie in the file.
     pub fn range(&self, name: &str) -> Option<std::ops::Range<usize>> {
         self.tensors.get(name).map(|tensor| tensor.range.clone())

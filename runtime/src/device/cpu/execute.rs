@@ -1,21 +1,13 @@
 //! Runs a program's KernelSpecs over the arena.
 
+use super::weights::{Places, Weights};
 use super::{CpuDevice, plan_error};
-use crate::cpu::{
-    self, Activation, Attention, Embedding, PackedMatrix, PositionTable, Rows, RowsMut,
-    Sequence as Ragged, Storage, StorageError,
-};
+use crate::cpu::{self, Attention, Embedding, Rows, RowsMut, Sequence as Ragged, StorageError};
 use crate::device::{DeviceError, KernelTime, SequenceStep, Step, StepOutput, SubmitPart, Tokens};
 use crate::record::StepPart;
 use crate::sampling::{Sampler, Taken};
-use kiln_bundle::{
-    Activations, BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Norm, Program, RowKind,
-    Target, TensorView, WeightFile, WeightFormat, packing::panels,
-};
-use std::collections::BTreeMap;
-use std::io;
+use kiln_bundle::{BLOCK_TOKENS, BufferId, Executable, KernelSpec, Linear, Program, RowKind};
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A step's lists in the form that kernels take.
@@ -141,199 +133,6 @@ impl<'a> Rest<'a> {
     }
 }
 
-/// The mapped weights, by name.
-pub(super) struct Weights {
-    file: WeightFile,
-    /// How matrices are stored.
-    format: WeightFormat,
-    /// Matrices that are stored otherwise.
-    exceptions: BTreeMap<String, WeightFormat>,
-    /// What rows are rounded to.
-    activations: Option<Activations>,
-}
-
-impl Weights {
-    pub(super) fn new(file: WeightFile, target: &Target) -> Weights {
-        Weights {
-            file,
-            format: target.weights,
-            exceptions: target.exceptions.clone(),
-            activations: target.activations,
-        }
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.file.bytes()
-    }
-
-    /// Copies them into memory near the threads that read them in decode steps: each thread its share of
-    /// the panels of each matrix, which [`cpu::linear`] gives it there.
-    pub(super) fn copied_by(
-        mut self,
-        target: &Target,
-        pool: &cpu::ThreadPool,
-    ) -> io::Result<Weights> {
-        let shares = self.shares(target, pool.threads());
-        self.file = self.file.copied(|from, to| copy(from, to, &shares, pool))?;
-        Ok(self)
-    }
-
-    /// Parts of the file, in its order, and the thread of each; what is in none is nobody's.
-    pub(super) fn shares(&self, target: &Target, threads: usize) -> Vec<(Range<usize>, usize)> {
-        let kernels = target.programs.iter().flat_map(|program| &program.kernels);
-        let linears = kernels.filter_map(KernelSpec::linear);
-        let matrices: BTreeMap<&str, usize> = linears
-            .map(|linear| (linear.weight.as_str(), panels(linear.out_features as usize)))
-            .collect();
-        let mut shares = Vec::new();
-        for (name, panels) in matrices {
-            let Some(matrix) = self.file.range(name) else {
-                continue;
-            };
-            let panel_bytes = matrix.len() / panels;
-            for thread in 0..threads {
-                let share = cpu::partition(panels, threads, thread);
-                let at = |panel: usize| matrix.start + panel * panel_bytes;
-                shares.push((at(share.start)..at(share.end), thread));
-            }
-        }
-        shares.sort_unstable_by_key(|(range, _)| (range.start, range.end));
-        shares
-    }
-
-    /// See [`WeightFile::lock`].
-    pub(super) fn lock(&self) -> io::Result<()> {
-        self.file.lock()
-    }
-
-    /// Looks up every tensor that the target's kernels will, so that none is missing in a step.
-    pub(super) fn check(&self, target: &Target) -> Result<(), DeviceError> {
-        for program in &target.programs {
-            for kernel in &program.kernels {
-                if let KernelSpec::Embed {
-                    tokens,
-                    positions,
-                    out,
-                    ..
-                } = kernel
-                {
-                    let width = program.buffers[out.0 as usize].width as usize;
-                    tokens
-                        .iter()
-                        .try_for_each(|name| self.table(name, width).map(drop))?;
-                    positions
-                        .iter()
-                        .try_for_each(|name| self.positions(name, width).map(drop))?;
-                }
-                if let Some(linear) = kernel.linear() {
-                    self.linear(linear)?;
-                    let residual = linear.residual.as_ref();
-                    self.norm(residual.and_then(|residual| residual.norm.as_ref()))?;
-                }
-            }
-            for tap in &program.hidden_states {
-                self.norm(tap.norm.as_ref())?;
-            }
-        }
-        Ok(())
-    }
-
-    fn tensor(&self, name: &str) -> Result<TensorView<'_>, DeviceError> {
-        let view = self.file.tensor(name);
-        view.ok_or_else(|| plan_error(format!("tensor {name:?} is missing")))
-    }
-
-    fn storage(&self, name: &str) -> Result<Storage<'_>, DeviceError> {
-        let view = self.tensor(name)?;
-        Storage::new(view.data, view.dtype).map_err(|e| malformed(name, &e))
-    }
-
-    fn matrix(&self, name: &str, n: usize, k: usize) -> Result<PackedMatrix<'_>, DeviceError> {
-        let format = *self.exceptions.get(name).unwrap_or(&self.format);
-        PackedMatrix::from_bytes(self.tensor(name)?.data, format, n, k)
-            .map_err(|e| malformed(name, &e))
-    }
-
-    /// The token table, whose rows are padded to whole panels.
-    fn table(&self, name: &str, width: usize) -> Result<PackedMatrix<'_>, DeviceError> {
-        let rows = self
-            .tensor(name)?
-            .shape
-            .first()
-            .map_or(0, |panels| panels * kiln_bundle::packing::PANEL);
-        self.matrix(name, rows, width)
-    }
-
-    fn positions(&self, name: &str, width: usize) -> Result<PositionTable<'_>, DeviceError> {
-        Ok(PositionTable::new(self.storage(name)?, width))
-    }
-
-    fn vector(&self, name: Option<&String>) -> Result<Option<&[f32]>, DeviceError> {
-        let Some(name) = name else { return Ok(None) };
-        match self.storage(name)? {
-            Storage::F32(values) => Ok(Some(values)),
-            _ => Err(plan_error(format!("vector {name:?} is not f32"))),
-        }
-    }
-
-    fn norm(&self, norm: Option<&Norm>) -> Result<Option<cpu::Norm<'_>>, DeviceError> {
-        let Some(norm) = norm else { return Ok(None) };
-        let weight = self.vector(norm.weight.as_ref())?;
-        let bias = self.vector(norm.bias.as_ref())?;
-        Ok(Some(cpu::Norm {
-            weight,
-            bias,
-            eps: norm.eps,
-        }))
-    }
-
-    /// All of the linear but its residual and its choice of rows.
-    fn linear(&self, linear: &Linear) -> Result<cpu::Linear<'_>, DeviceError> {
-        let (n, k) = (linear.out_features as usize, linear.in_features as usize);
-        Ok(cpu::Linear {
-            bias: self.vector(linear.bias.as_ref())?,
-            norm: self.norm(linear.norm.as_ref())?,
-            activation: match linear.activation {
-                None => Activation::None,
-                Some(kiln_bundle::Activation::Relu) => Activation::Relu,
-                Some(kiln_bundle::Activation::GeluNew) => Activation::GeluNew,
-            },
-            activations: self.activations,
-            ..cpu::Linear::new(self.matrix(&linear.weight, n, k)?)
-        })
-    }
-}
-
-/// Copies all of a file, each share by its thread and what is in none by the first one.
-fn copy(from: &[u8], to: &mut [u8], shares: &[(Range<usize>, usize)], pool: &cpu::ThreadPool) {
-    type Pieces<'a> = Vec<(&'a [u8], &'a mut [u8])>;
-    let mut pieces: Vec<Pieces<'_>> = (0..pool.threads()).map(|_| Vec::new()).collect();
-    let mut rest = to;
-    let mut done = 0;
-    let end = (from.len()..from.len(), 0);
-    for (range, thread) in shares.iter().chain([&end]) {
-        for (range, thread) in [(done..range.start, 0), (range.clone(), *thread)] {
-            let (piece, behind) = rest.split_at_mut(range.len());
-            pieces[thread].push((&from[range], piece));
-            rest = behind;
-        }
-        done = range.end;
-    }
-    let pieces: Vec<Mutex<Pieces<'_>>> = pieces.into_iter().map(Mutex::new).collect();
-    pool.run(|thread| {
-        let mut pieces = pieces[thread]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        for (from, to) in pieces.iter_mut() {
-            to.copy_from_slice(from);
-        }
-    });
-}
-
-fn malformed(name: &str, error: &StorageError) -> DeviceError {
-    plan_error(format!("tensor {name:?}: {error}"))
-}
-
 fn kv_error(error: StorageError) -> DeviceError {
     plan_error(format!("KV cache: {error}"))
 }
@@ -364,7 +163,11 @@ impl CpuDevice {
         }
         let sequences = sequences(step);
         let launching = clock.now();
-        for (index, kernel) in (0..).zip(&program.kernels) {
+        let kernels = program
+            .kernels
+            .iter()
+            .zip(self.weights.kernels(executable.program));
+        for (index, (kernel, places)) in (0..).zip(kernels) {
             let mut machine = Machine {
                 weights: &self.weights,
                 cpu: &mut self.cpu,
@@ -373,7 +176,7 @@ impl CpuDevice {
                 sequences: &sequences,
                 clock: &mut clock,
             };
-            machine.run(kernel, &layout, arena)?;
+            machine.run(kernel, places, &layout, arena)?;
             if hidden_states.is_empty() {
                 continue;
             }
@@ -382,9 +185,10 @@ impl CpuDevice {
                 .hidden_states
                 .iter()
                 .zip(hidden_states.chunks_exact_mut(part));
-            for (tap, out) in taps.filter(|(tap, _)| tap.after_kernel == index) {
+            let taps = taps.enumerate();
+            for (i, (tap, out)) in taps.filter(|(_, (tap, _))| tap.after_kernel == index) {
                 let rows = layout.read(arena, tap.buffer);
-                match self.weights.norm(tap.norm.as_ref())? {
+                match self.weights.hidden_state_norm(executable.program, i)? {
                     Some(norm) => {
                         let out = RowsMut::new(out, rows.rows(), rows.cols());
                         cpu::layer_norm(&mut self.cpu, rows, &norm, out);
@@ -543,40 +347,34 @@ impl Machine<'_> {
     fn run(
         &mut self,
         kernel: &KernelSpec,
+        places: &Places,
         layout: &Layout<'_>,
         arena: &mut [f32],
     ) -> Result<(), DeviceError> {
         self.clock.kernel();
         match kernel {
             KernelSpec::Embed {
-                tokens,
-                positions,
                 position_offset,
                 out,
+                ..
             } => {
-                let width = layout.width(*out);
+                let tokens = self.weights.matrix(places)?;
                 if tokens.is_none() {
                     arena[layout.range(*out)].fill(0.0);
                 }
-                let ids = &self.batch.token_ids;
-                let tokens = match tokens {
-                    Some(name) => Some((self.weights.table(name, width)?, ids.as_slice())),
-                    None => None,
-                };
+                let tokens = tokens.map(|table| (table, self.batch.token_ids.as_slice()));
                 let rows = &mut self.batch.position_rows;
                 rows.clear();
                 rows.extend(self.batch.positions.iter().map(|p| p + position_offset));
-                let positions = match positions {
-                    Some(name) => Some((self.weights.positions(name, width)?, rows.as_slice())),
-                    None => None,
-                };
+                let positions = self.weights.positions(places, layout.width(*out))?;
+                let positions = positions.map(|table| (table, rows.as_slice()));
                 let (out, _) = layout.split(arena, *out);
                 let embedding = Embedding { tokens, positions };
                 self.clock.time(|| cpu::embed(self.cpu, &embedding, out));
             }
-            KernelSpec::Linear(linear) => self.linear(linear, layout, arena)?,
+            KernelSpec::Linear(linear) => self.linear(linear, places, layout, arena)?,
             KernelSpec::Qkv { linear, layer } => {
-                self.linear(linear, layout, arena)?;
+                self.linear(linear, places, layout, arena)?;
                 let all = &arena[layout.range(linear.out)];
                 let (rows, stride) = (layout.rows(linear.out), layout.width(linear.out));
                 let cols = stride / 3;
@@ -621,13 +419,14 @@ impl Machine<'_> {
     fn linear(
         &mut self,
         linear: &Linear,
+        places: &Places,
         layout: &Layout<'_>,
         arena: &mut [f32],
     ) -> Result<(), DeviceError> {
         if layout.rows(linear.out) == 0 {
             return Ok(());
         }
-        let mut op = self.weights.linear(linear)?;
+        let mut op = self.weights.linear(linear, places)?;
         let (out, rest) = layout.split(arena, linear.out);
         if linear.rows == kiln_bundle::Rows::Logits {
             op.row_map = Some(&self.batch.logit_rows);
@@ -635,7 +434,7 @@ impl Machine<'_> {
         if let Some(residual) = &linear.residual {
             op.residual = Some(cpu::Residual {
                 rows: Some(rest.read(layout, residual.buffer)?),
-                norm: self.weights.norm(residual.norm.as_ref())?,
+                norm: self.weights.residual_norm(places)?,
             });
         }
         let input = rest.read(layout, linear.input)?;

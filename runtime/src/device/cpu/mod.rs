@@ -8,19 +8,21 @@ mod execute;
 mod kv_memory;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use super::check::{Ground, check_step};
 use super::memory::{Room, available_bytes, plan_memory};
 use super::{Device, DeviceError, DeviceFacts, Step, StepId, StepOutput, SubmitPart};
 use crate::cpu::{BANDWIDTH_BYTES, Cpu, Isa, Nodes, ThreadPool, physical_cores, read_bandwidth};
 use crate::sampling::Sampler;
-use execute::{Batch, Clock, Weights};
+use execute::{Batch, Clock};
 use kiln_bundle::packing::Layout;
 use kiln_bundle::{ALIGN_BYTES, Bundle, DType, Executable, KernelSpec, Manifest, Target};
 use kv_memory::KvMemory;
 use memmap2::MmapMut;
 use std::collections::VecDeque;
 use std::io;
+use weights::Weights;
 
 /// Name of the target that this device runs.
 const TARGET: &str = "cpu";
@@ -90,8 +92,7 @@ impl CpuDevice {
                 .collect(),
         })?;
         check_plan(target).map_err(plan_error)?;
-        let mut weights = Weights::new(bundle.weights(target)?, target);
-        weights.check(target)?;
+        let mut weights = Weights::new(bundle.weights(target)?, target)?;
 
         let available = available_bytes();
         let arena_bytes = target.executables.iter().map(|e| e.arena_bytes).max();

@@ -451,7 +451,7 @@ fn shares_are_the_panels_that_threads_read() {
     let bundle = Bundle::open(&path).unwrap();
     let target = &bundle.manifest().targets[0];
     let file = bundle.weights(target).unwrap();
-    let weights = Weights::new(bundle.weights(target).unwrap(), target);
+    let weights = Weights::new(bundle.weights(target).unwrap(), target).unwrap();
     let shares = weights.shares(target, 3);
     assert!(
         shares
