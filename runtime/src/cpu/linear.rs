@@ -121,9 +121,6 @@ const CHUNK_ROWS: usize = 96;
 const STREAMED_ROWS: usize = 32;
 /// Values of x below which the caller prepares them alone.
 const PREPARE_ALONE: usize = 16 * 1024;
-/// Bytes from the weights being multiplied to those being asked for, where each is used once.
-const PREFETCH_BYTES: usize = 2048;
-
 /// Computes `op` for the rows of `x`, (T, K), into `out`, (T, N).
 pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>) {
     op.check(&x, &out);
@@ -488,7 +485,7 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                 for range in tiles.clone().map(|tile| cut.range(tile)) {
                     let c = sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
                     let ahead = match once {
-                        true => Ahead::Behind(PREFETCH_BYTES),
+                        true => Ahead::Behind(weight.prefetch_bytes()),
                         false => Ahead::At(next.address().wrapping_add(call * call_bytes), share),
                     };
                     call += 1;

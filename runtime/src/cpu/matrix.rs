@@ -41,6 +41,11 @@ pub(super) trait Matrix: Copy + Sync {
     /// Bytes that `inputs` inputs of a panel take, about.
     fn bytes(&self, inputs: usize) -> usize;
 
+    /// Bytes from the weights being multiplied to those being asked for, where each is used once.
+    fn prefetch_bytes(&self) -> usize {
+        2048
+    }
+
     /// The block that begins with input `k`; what lies behind the panel for its end.
     fn block(&self, panel: usize, k: usize) -> Block;
 
@@ -328,6 +333,15 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
 
     fn bytes(&self, inputs: usize) -> usize {
         inputs.div_ceil(C::INPUTS) * PANEL * size_of::<C>()
+    }
+
+    fn prefetch_bytes(&self) -> usize {
+        // A word of codes that is a single product goes by so fast that the processor itself looks as far ahead as
+        // others have to ask.
+        match R::parts::<C>() {
+            1 => 6144,
+            _ => 2048,
+        }
     }
 
     #[inline(always)]
