@@ -19,7 +19,7 @@ WEIGHTS = {"f32": "fp32", "f32-bf16": "fp32", "f16": "fp16", "int8": "int8", "in
 
 def convert(args):
     if args.format not in WEIGHTS:
-        raise serving.Unsupported(f"OpenVINO is not measured in {args.format}; without bf16 in hardware it computes in f32")
+        raise serving.Unsupported(f"OpenVINO is not measured in {args.format}; its 16 bits are f16")
     if args.format == "f32-bf16":
         import openvino
 

@@ -302,8 +302,8 @@ fn attend<E: Element>(
     let tile_rows = isa.run(TileRows);
     let cut = |sequence: &Sequence<'_>| Tiles::new(sequence.rows, tile_rows);
 
-    // Long sequences first, and the last tiles of each first: short tasks even out the end. Tiles of
-    // one head follow each other, because they share its keys and values.
+    // Long sequences first, and the last tiles of each first: where a thread helps another, the long tasks are
+    // done. Tiles of one head follow each other, because they share its keys and values.
     let work = &mut cpu.scratch.work;
     work.clear();
     work.extend((0..op.sequences.len()).map(|sequence| Work {
@@ -417,19 +417,22 @@ impl<E: Element> AttendTile<'_, E> {
             self.score_row(simd, &q[..head_dim], &mut scores[..blocks * BLOCK_TOKENS]);
         } else {
             for first in (0..blocks).step_by(S::TILE_VECTORS) {
-                let keys = |block: usize| self.key_block(block.min(blocks - 1)).as_ptr();
-                let (both, next) = (keys(first)..keys(first + 1), keys(first + S::TILE_VECTORS));
+                // Within all keys, since a tile goes from one block to another.
+                let place = |block: usize| self.block_range(block.min(blocks - 1));
+                let keys = |block: usize| self.keys[place(block).start..].as_ptr();
+                let [one, next] = [first, first + S::TILE_VECTORS].map(keys);
+                let to_other = place(first + 1).start as isize - place(first).start as isize;
                 let tile = Tile {
                     k: head_dim,
                     a: q.as_ptr(),
-                    b: both.start,
+                    b: one,
                     b_step: BLOCK_TOKENS,
-                    // SAFETY: blocks of one cache.
-                    b_vector: unsafe { both.end.offset_from(both.start) },
+                    b_vector: to_other,
                     c: scores[first * ROWS * LINE..].as_mut_ptr(),
                     c_stride: LINE,
                     c_vector: ROWS * LINE,
                     resume: false,
+                    // Of two blocks only the first is asked for.
                     ahead: next.cast(),
                     ahead_step: BLOCK_TOKENS * size_of::<E>(),
                 };
@@ -593,9 +596,16 @@ impl<E: Element> AttendTile<'_, E> {
 
     #[inline(always)]
     fn block<'b>(&self, cache: &'b [E], i: usize) -> &'b [E] {
+        &cache[self.block_range(i)]
+    }
+
+    /// Where this head's part of the sequence's block `i` lies in keys and in values.
+    #[inline(always)]
+    fn block_range(&self, i: usize) -> Range<usize> {
         let len = self.op.cache.head_dim * BLOCK_TOKENS;
         let block = self.sequence.block_table[i] as usize;
-        &cache[(block * self.op.cache.heads + self.head) * len..][..len]
+        let start = (block * self.op.cache.heads + self.head) * len;
+        start..start + len
     }
 }
 

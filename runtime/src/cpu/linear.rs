@@ -117,10 +117,11 @@ impl<'a> Linear<'a> {
 /// Rows of x that a block meets: their share of x stays in the L2 cache.
 const CHUNK_ROWS: usize = 96;
 /// Up to this many rows the threads take contiguous parts of W, read once from memory; beyond, the
-/// work is bound by arithmetic and threads claim panels as they get ready.
+/// work is bound by arithmetic and threads help each other.
 const STREAMED_ROWS: usize = 32;
 /// Values of x below which the caller prepares them alone.
 const PREPARE_ALONE: usize = 16 * 1024;
+
 /// Computes `op` for the rows of `x`, (T, K), into `out`, (T, N).
 pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>) {
     op.check(&x, &out);
@@ -369,7 +370,7 @@ struct Product<'a, M> {
 }
 
 impl<M: Matrix> Product<'_, M> {
-    /// Where value `first` of the rows `range` lies.
+    /// Where value `first`, which begins a line, of the rows `range` lies.
     fn rows(&self, range: &Range<usize>, first: usize) -> *const f32 {
         self.rows[range.start * self.values + first * range.len()..].as_ptr()
     }

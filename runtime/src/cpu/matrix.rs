@@ -12,9 +12,10 @@ use kiln_bundle::packing::PANEL;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Bytes of a panel in a block. It is read anew for each tile, from the L2 cache, ahead of time by itself; for blocks
-/// that stay in the L1 cache, sums would be put away and fetched again more often.
-const BLOCK_BYTES: usize = 64 * 1024;
+/// Bytes of a panel in a block. Each tile reads it from the L2 cache, which the processor does ahead of time by itself;
+/// with blocks that stay in the L1 cache sums would be put away and fetched again more often. (Tests have small
+/// matrices, and several blocks all the same.)
+const BLOCK_BYTES: usize = if cfg!(test) { 16 } else { 64 } * 1024;
 
 /// The panels of W in one way of storing them, and rows in the form that suits it.
 ///

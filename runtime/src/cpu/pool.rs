@@ -38,6 +38,7 @@ impl ThreadPool {
                 data: std::ptr::null(),
                 call: nothing,
             }),
+            next: (0..threads).map(|_| Padded(AtomicUsize::new(0))).collect(),
             parked: (1..threads)
                 .map(|_| Padded(AtomicBool::new(false)))
                 .collect(),
@@ -115,6 +116,11 @@ impl ThreadPool {
             (0..self.threads()).for_each(f);
             return;
         }
+        self.run_alone(f);
+    }
+
+    /// [`ThreadPool::run`] of a caller that has made the pool busy.
+    fn run_alone(&self, f: impl Fn(usize) + Sync) {
         let own = self.fork_join(&f);
         self.busy.store(false, Ordering::Release);
         let workers = self
@@ -132,20 +138,23 @@ impl ThreadPool {
     /// which it takes in ascending order before it helps others with theirs: what neighbouring tasks
     /// share, and what earlier jobs of as many tasks wrote, is in its own cache most of the time.
     pub fn parallel_for(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() {
+        let alone = tasks <= 1 || self.workers.is_empty();
+        if alone || self.busy.swap(true, Ordering::Acquire) {
             (0..tasks).for_each(|task| f(0, task));
             return;
         }
         let threads = self.threads();
-        let parts: Vec<(Padded<AtomicUsize>, usize)> = (0..threads)
-            .map(|part| partition(tasks, threads, part))
-            .map(|part| (Padded(AtomicUsize::new(part.start)), part.end))
-            .collect();
-        self.run(|thread| {
-            for (next, end) in parts[thread..].iter().chain(&parts[..thread]) {
-                while next.0.load(Ordering::Relaxed) < *end {
-                    let task = next.0.fetch_add(1, Ordering::Relaxed);
-                    if task < *end {
+        let next = &self.shared.next;
+        for (part, next) in next.iter().enumerate() {
+            let first = partition(tasks, threads, part).start;
+            next.0.store(first, Ordering::Relaxed);
+        }
+        self.run_alone(|thread| {
+            for part in (thread..threads).chain(0..thread) {
+                let (next, end) = (&next[part].0, partition(tasks, threads, part).end);
+                while next.load(Ordering::Relaxed) < end {
+                    let task = next.fetch_add(1, Ordering::Relaxed);
+                    if task < end {
                         f(thread, task);
                     }
                 }
@@ -244,6 +253,8 @@ struct Shared {
     /// Workers that have not finished it.
     running: Padded<AtomicUsize>,
     job: UnsafeCell<Job>,
+    /// Of each part of a job's tasks, the first that nobody has taken.
+    next: Vec<Padded<AtomicUsize>>,
     /// Which workers sleep, or are about to.
     parked: Vec<Padded<AtomicBool>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,

@@ -120,7 +120,7 @@ impl<E: Element> Tile<E> {
 }
 
 /// A tile of bf16 weights against rows of bf16, two inputs at a time:
-/// `c[r][j] += a[i + 1][r] * b[i + 1][j]`, then `c[r][j] += a[i][r] * b[i][j]`, for i = 0, 2 ..
+/// `c[r][j] += x[r][i + 1] * b[i + 1][j]`, then `c[r][j] += x[r][i] * b[i][j]`, for i = 0, 2 ..
 #[derive(Clone, Copy)]
 pub(super) struct Bf16Tile {
     /// Length of the sum.
@@ -477,6 +477,7 @@ pub(super) trait AnyRows: Copy {
 impl<E: Element> AnyRows for Tile<E> {
     #[inline(always)]
     unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+        // Constants to the compiler.
         let tile = Tile {
             b_vector: LANES as isize,
             c_vector: LANES,

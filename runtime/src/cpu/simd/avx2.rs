@@ -175,7 +175,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // Sixteen values are readable.
+        // SAFETY (of what `halves!` does): sixteen values are readable.
         halves!(for half in [0, 8] => {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.add(half).cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.add(half).cast()));

@@ -330,7 +330,7 @@ pub(super) trait Simd: Copy {
     fn prefetch(self, p: *const u8);
 
     /// To each word of `sums` the products of the bytes of `a`, without sign where there is a QUAD_OFFSET, and of
-    /// `b`, signed and from -127.
+    /// `b`, signed and from -127. To be replaced where there is no QUAD_OFFSET.
     #[inline(always)]
     fn add_quad_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
         quad_products_by_pairs(self, sums, a, b)

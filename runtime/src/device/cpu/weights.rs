@@ -363,7 +363,7 @@ fn malformed(name: &str, error: &StorageError) -> DeviceError {
     plan_error(format!("tensor {name:?}: {error}"))
 }
 
-/// What was looked at when it was loaded is read otherwise now: nobody's doing but a mistake here.
+/// Not to be seen: the same was read at loading.
 fn changed(error: StorageError) -> DeviceError {
     plan_error(format!("weights: {error}"))
 }
