@@ -10,7 +10,7 @@
 //! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
 //! fetched. Weights are converted in registers.
 
-use super::matrix::{Ahead, Bf16Rows, Floats, Integers, Matrix, Part, PreparedTile};
+use super::matrix::{Ahead, Bf16Rows, Floats, Integers, Matrix, Part, PreparedRow};
 use super::norm::{self, Stats};
 use super::pool::partition;
 use super::rows::SharedRows;
@@ -312,7 +312,8 @@ impl<'a, M: Matrix> Prepare<'a, M> {
                         row_runs.range(range.start * runs, range.len() * runs),
                     )
                 };
-                let tile = PreparedTile {
+                let prepared = PreparedRow {
+                    r,
                     rows: range.len(),
                     values,
                     runs,
@@ -321,8 +322,7 @@ impl<'a, M: Matrix> Prepare<'a, M> {
                 self.isa.run(PrepareRow {
                     weight,
                     row,
-                    r,
-                    tile,
+                    prepared,
                 });
             }
         };
@@ -338,8 +338,7 @@ impl<'a, M: Matrix> Prepare<'a, M> {
 struct PrepareRow<'a, M> {
     weight: M,
     row: &'a [f32],
-    r: usize,
-    tile: PreparedTile<'a>,
+    prepared: PreparedRow<'a>,
 }
 
 impl<M: Matrix> Kernel for PrepareRow<'_, M> {
@@ -347,7 +346,7 @@ impl<M: Matrix> Kernel for PrepareRow<'_, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        self.weight.prepare(simd, self.row, self.r, self.tile);
+        self.weight.prepare(simd, self.row, self.prepared);
     }
 }
 

@@ -50,8 +50,8 @@ pub(super) trait Matrix: Copy + Sync {
     /// The block that begins with input `k`; what lies behind the panel for its end.
     fn block(&self, panel: usize, k: usize) -> Block;
 
-    /// Writes `row` as row `r` of a tile.
-    fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>);
+    /// Writes `row` as a row of a tile.
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>);
 
     /// Computes a part of a panel for a tile of rows.
     ///
@@ -60,8 +60,10 @@ pub(super) trait Matrix: Copy + Sync {
     unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part);
 }
 
-/// Where the rows of a tile are written to.
-pub(super) struct PreparedTile<'a> {
+/// Where row `r` of a tile is written to.
+pub(super) struct PreparedRow<'a> {
+    pub(super) r: usize,
+    /// Of the tile.
     pub(super) rows: usize,
     /// (values / LINE, rows, LINE)
     pub(super) values: &'a mut [f32],
@@ -69,10 +71,21 @@ pub(super) struct PreparedTile<'a> {
     pub(super) runs: &'a mut [f32],
 }
 
-impl<'a> PreparedTile<'a> {
-    /// Line after line: that of each row.
-    fn lines(self) -> impl Iterator<Item = &'a mut [f32]> {
-        self.values.chunks_exact_mut(self.rows * LINE)
+impl<'a> PreparedRow<'a> {
+    /// The row's lines, (LINE) each, and the scales and sums of its runs, (2) each.
+    fn parts(
+        self,
+    ) -> (
+        impl Iterator<Item = &'a mut [f32]>,
+        impl Iterator<Item = &'a mut [f32]>,
+    ) {
+        let PreparedRow { r, rows, .. } = self;
+        let lines = self.values.chunks_exact_mut(rows * LINE);
+        let runs = self.runs.chunks_exact_mut(rows * 2);
+        (
+            lines.map(move |lines| &mut lines[r * LINE..][..LINE]),
+            runs.map(move |runs| &mut runs[r * 2..][..2]),
+        )
     }
 }
 
@@ -167,9 +180,9 @@ impl<E: Element> Matrix for Floats<'_, E> {
     }
 
     #[inline(always)]
-    fn prepare<S: Simd>(&self, _: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        for (part, lines) in row.chunks(LINE).zip(tile.lines()) {
-            lines[r * LINE..][..part.len()].copy_from_slice(part);
+    fn prepare<S: Simd>(&self, _: S, row: &[f32], prepared: PreparedRow<'_>) {
+        for (part, line) in row.chunks(LINE).zip(prepared.parts().0) {
+            line[..part.len()].copy_from_slice(part);
         }
     }
 
@@ -238,9 +251,9 @@ impl Matrix for Bf16Rows<'_> {
     }
 
     #[inline(always)]
-    fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        for (part, lines) in row.chunks(2 * LINE).zip(tile.lines()) {
-            let line: &mut [bf16] = bytemuck::cast_slice_mut(&mut lines[r * LINE..][..LINE]);
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>) {
+        for (part, line) in row.chunks(2 * LINE).zip(prepared.parts().0) {
+            let line: &mut [bf16] = bytemuck::cast_slice_mut(line);
             for (i, line) in (0..).step_by(LANES).zip(line.chunks_exact_mut(LANES)) {
                 // SAFETY: what is loaded exists, if anything, and zeros make up sixteen values.
                 unsafe {
@@ -357,27 +370,23 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
     }
 
     #[inline(always)]
-    fn prepare<S: Simd>(&self, simd: S, row: &[f32], r: usize, tile: PreparedTile<'_>) {
-        let rows = tile.rows;
-        let mut runs = tile.runs.chunks_exact_mut(2 * rows);
-        let mut lines = tile.values.chunks_exact_mut(rows * LINE);
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>) {
+        let (mut lines, mut runs) = prepared.parts();
         for run in row.chunks(self.group).flat_map(|group| group.chunks(RUN)) {
             // What fills up the last word is zero.
             let mut integers = [R::Integer::zeroed(); RUN];
             let [scale, sum] = fixed::round(simd, run, &mut integers);
-            if let Some(runs) = runs.next() {
+            if let Some(numbers) = runs.next() {
                 let second = match C::HAVE_MINIMA {
                     true => scale * sum,
                     false => f32::from_bits((-C::quad_offset::<S>() * sum as i32).cast_unsigned()),
                 };
-                runs[2 * r..][..2].copy_from_slice(&[scale, second]);
+                numbers.copy_from_slice(&[scale, second]);
             }
             for integers in integers[..R::INPUTS * Self::words(run.len())].chunks(R::INPUTS * LINE)
             {
-                if let Some(lines) = lines.next() {
-                    let line: &mut [R::Integer] =
-                        bytemuck::cast_slice_mut(&mut lines[r * LINE..][..LINE]);
-                    in_turn::<C, R>(integers, line);
+                if let Some(line) = lines.next() {
+                    in_turn::<C, R>(integers, bytemuck::cast_slice_mut(line));
                 }
             }
         }

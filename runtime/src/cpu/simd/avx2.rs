@@ -18,18 +18,14 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
 /// may not be inlined, and are functions without the features then.)
 macro_rules! halves {
     ($instruction:ident($($v:ident),*)) => {
-        // SAFETY: a value of `Avx2` exists only where the machine has the instruction.
-        unsafe { [$instruction($($v[0]),*), $instruction($($v[1]),*)] }
+        proven!([$instruction($($v[0]),*), $instruction($($v[1]),*)])
     };
     (for $half:ident in $v:expr => $instructions:expr) => {{
         let [low, high] = $v;
-        // SAFETY: as above.
-        unsafe {
-            [
-                { let $half = low; $instructions },
-                { let $half = high; $instructions },
-            ]
-        }
+        proven!([
+            { let $half = low; $instructions },
+            { let $half = high; $instructions },
+        ])
     }};
 }
 
@@ -50,7 +46,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
-        // SAFETY: as in `halves!`.
+        // SAFETY: as in `proven!`.
         unsafe { [_mm256_set1_ps(x); 2] }
     }
 
@@ -105,7 +101,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn keep_first(self, v: Self::V, n: usize, fill: f32) -> Self::V {
-        // SAFETY: as in `halves!`.
+        // SAFETY: as in `proven!`.
         unsafe {
             let n = _mm256_set1_epi32(n.min(LANES) as i32);
             let fill = _mm256_set1_ps(fill);
@@ -130,13 +126,13 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load_f32(self, p: *const f32) -> Self::V {
-        // SAFETY: as in `halves!`; sixteen values are readable.
+        // SAFETY: as in `proven!`; sixteen values are readable.
         unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
     }
 
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> Self::V {
-        // SAFETY: as in `halves!`; sixteen values are readable.
+        // SAFETY: as in `proven!`; sixteen values are readable.
         unsafe {
             [
                 _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
@@ -147,7 +143,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V {
-        // SAFETY: as in `halves!`; sixteen values are readable.
+        // SAFETY: as in `proven!`; sixteen values are readable.
         unsafe {
             [
                 widen_bf16(_mm_loadu_si128(p.cast())),
@@ -158,7 +154,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load_words(self, p: *const u32) -> Self::Words {
-        // SAFETY: as in `halves!`; sixteen values are readable.
+        // SAFETY: as in `proven!`; sixteen values are readable.
         unsafe {
             [
                 _mm256_loadu_si256(p.cast()),
@@ -169,13 +165,13 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn splat_word(self, word: u32) -> Self::Words {
-        // SAFETY: as in `halves!`.
+        // SAFETY: as in `proven!`.
         unsafe { [_mm256_set1_epi32(word.cast_signed()); 2] }
     }
 
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // SAFETY (of what `halves!` does): sixteen values are readable.
+        // SAFETY (of what `proven!` holds): sixteen values are readable.
         halves!(for half in [0, 8] => {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.add(half).cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.add(half).cast()));
@@ -258,7 +254,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: Self::V) {
-        // SAFETY: as in `halves!`; sixteen values are writable.
+        // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe {
             _mm256_storeu_ps(p, v[0]);
             _mm256_storeu_ps(p.add(8), v[1]);
@@ -268,7 +264,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut f16, v: Self::V) {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
-        // SAFETY: as in `halves!`; sixteen values are writable.
+        // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe {
             _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v[0]));
             _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(v[1]));
@@ -277,7 +273,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V) {
-        // SAFETY: as in `halves!`; sixteen values are writable.
+        // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe {
             // Packing works within 128-bit lanes; the permutation puts their parts in order.
             let packed = _mm256_packus_epi32(round_bf16(v[0]), round_bf16(v[1]));
@@ -287,13 +283,13 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn store_i16(self, p: *mut i16, v: Self::V) {
-        // SAFETY: as in `halves!`; sixteen values are writable.
+        // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe { _mm256_storeu_si256(p.cast(), round_i16(v)) }
     }
 
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, v: Self::V) {
-        // SAFETY: as in `halves!`; sixteen values are writable.
+        // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe {
             let halves = round_i16(v);
             let (low, high) = (

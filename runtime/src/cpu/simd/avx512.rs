@@ -33,14 +33,6 @@ fn run_bf16<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     kernel.run(Avx512::<BF16>(isa))
 }
 
-/// An instruction that the proof covers.
-macro_rules! proven {
-    ($instruction:expr) => {
-        // SAFETY: a value of `Avx512` exists only where the machine has the instruction.
-        unsafe { $instruction }
-    };
-}
-
 impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     type V = __m512;
     type Words = __m512i;

@@ -2,6 +2,15 @@
 //! NEON, or an array. Kernels are written once over [`Simd`]; because the lanes are always sixteen, reductions
 //! have the same order everywhere.
 
+/// Instructions of a set, or what is made of them, where there is a value of its type.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! proven {
+    ($instructions:expr) => {
+        // SAFETY: a value of a set's type exists only where the machine has its instructions.
+        unsafe { $instructions }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -31,14 +31,6 @@ fn run_bf16<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     kernel.run(Neon::<BF16>(isa))
 }
 
-/// Instructions that the proof covers.
-macro_rules! proven {
-    ($instructions:expr) => {
-        // SAFETY: a value of `Neon` exists only where the machine has the instructions.
-        unsafe { $instructions }
-    };
-}
-
 /// An instruction applied to each quarter.
 macro_rules! quarters {
     ($instruction:ident $(::<$n:literal>)? ($($v:ident),*)) => {
