@@ -307,6 +307,8 @@ fn cpu(name: String, threads: usize) -> Result<Machine> {
     let pool = ThreadPool::new(threads).context("the system refuses threads")?;
     let isa = Isa::detect()?;
     let peak = peak(&pool, isa);
+    let bandwidth = read_bandwidth(&pool, isa, BANDWIDTH_BYTES);
+    let bandwidth = bandwidth.context("no memory to measure the bandwidth with")?;
     Ok(Machine {
         device: match processor() {
             Some(processor) => format!("{processor}, {name}"),
@@ -317,7 +319,7 @@ fn cpu(name: String, threads: usize) -> Result<Machine> {
         profile: profile().to_owned(),
         datasheet: None,
         ceilings: Ceilings {
-            read_gb_per_s: read_bandwidth(&pool, isa, BANDWIDTH_BYTES).best,
+            read_gb_per_s: bandwidth.best,
             float_gflop_per_s: peak.float_gflop_per_s,
             integer_gop_per_s: Some(peak.integer_gop_per_s),
             bf16_gflop_per_s: Some(peak.bf16_gflop_per_s),

@@ -2,9 +2,11 @@
 
 use super::ThreadPool;
 use super::pool::partition;
-use super::scratch::{Buffer, Shards};
+use super::scratch::Shards;
 use super::simd::{Isa, Kernel, LANES, Simd};
+use memmap2::MmapMut;
 use std::hint::black_box;
+use std::io;
 use std::time::Instant;
 
 /// Read bandwidth in GB/s (10^9 bytes a second) over several passes.
@@ -23,10 +25,16 @@ const PASSES: usize = 9;
 
 /// Reads a buffer of `bytes` bytes, which should be far larger than the caches, with all threads of
 /// `pool`, each its own contiguous part.
-pub fn read_bandwidth(pool: &ThreadPool, isa: Isa, bytes: usize) -> Bandwidth {
+///
+/// # Errors
+/// When the system has no memory for the buffer.
+pub fn read_bandwidth(pool: &ThreadPool, isa: Isa, bytes: usize) -> io::Result<Bandwidth> {
     let len = (bytes / size_of::<f32>()).next_multiple_of(LANES);
-    let mut buffer = Buffer::default();
-    let values = &mut buffer.reserve(len)[..len];
+    let mut buffer = MmapMut::map_anon(len * size_of::<f32>())?;
+    // With small pages a thread waits at the beginning of each.
+    #[cfg(target_os = "linux")]
+    let _ = buffer.advise(memmap2::Advice::HugePage);
+    let values: &mut [f32] = bytemuck::cast_slice_mut(&mut buffer);
     // A page that was never written is not memory yet.
     let shards = Shards::new(values);
     pool.run(|thread| {
@@ -48,10 +56,10 @@ pub fn read_bandwidth(pool: &ThreadPool, isa: Isa, bytes: usize) -> Bandwidth {
         .collect();
     seconds.sort_unstable_by(f64::total_cmp);
     let rate = |seconds: f64| (len * size_of::<f32>()) as f64 / seconds / 1e9;
-    Bandwidth {
+    Ok(Bandwidth {
         median: rate(seconds[PASSES / 2]),
         best: rate(seconds[0]),
-    }
+    })
 }
 
 struct Sum<'a>(&'a [f32]);
@@ -64,7 +72,6 @@ impl Kernel for Sum<'_> {
         const UNROLL: usize = 4;
         let mut sums = [simd.zero(); UNROLL];
         for chunk in self.0.chunks_exact(UNROLL * LANES) {
-            simd.prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(2048));
             for (i, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: the chunk has UNROLL vectors.
                 *sum = simd.add(*sum, unsafe {
@@ -85,7 +92,7 @@ mod tests {
     fn gives_a_rate() {
         for threads in [1, 2, 3] {
             let pool = ThreadPool::new(threads).unwrap();
-            let rate = read_bandwidth(&pool, Isa::Portable, 4 << 20);
+            let rate = read_bandwidth(&pool, Isa::Portable, 4 << 20).unwrap();
             assert!(rate.best >= rate.median && rate.median > 0.0);
         }
     }

@@ -485,7 +485,7 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                 for range in tiles.clone().map(|tile| cut.range(tile)) {
                     let c = sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
                     let ahead = match once {
-                        true => Ahead::Behind(weight.prefetch_bytes()),
+                        true => Ahead::Behind(M::prefetch_bytes(range.len())),
                         false => Ahead::At(next.address().wrapping_add(call * call_bytes), share),
                     };
                     call += 1;

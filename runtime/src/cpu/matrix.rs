@@ -42,9 +42,17 @@ pub(super) trait Matrix: Copy + Sync {
     /// Bytes that `inputs` inputs of a panel take, about.
     fn bytes(&self, inputs: usize) -> usize;
 
-    /// Bytes from the weights being multiplied to those being asked for, where each is used once.
-    fn prefetch_bytes(&self) -> usize {
-        2048
+    /// Products of a row and a line of the cache's weights.
+    fn line_products() -> usize;
+
+    /// Bytes from the weights being multiplied to those being asked for, by a tile of `rows` rows that meets
+    /// each once.
+    fn prefetch_bytes(rows: usize) -> usize {
+        // Where memory is slower than the tile, asking is in the way of the processor's own looking ahead.
+        match rows == 1 || Self::line_products() == 1 {
+            true => 0,
+            false => 2048,
+        }
     }
 
     /// The block that begins with input `k`; what lies behind the panel for its end.
@@ -170,6 +178,10 @@ impl<E: Element> Matrix for Floats<'_, E> {
         inputs * PANEL * size_of::<E>()
     }
 
+    fn line_products() -> usize {
+        size_of::<f32>() / size_of::<E>()
+    }
+
     #[inline(always)]
     fn block(&self, panel: usize, k: usize) -> Block {
         let weights = self.weight[(panel * self.k + k) * PANEL..].as_ptr().cast();
@@ -243,6 +255,10 @@ impl Matrix for Bf16Rows<'_> {
 
     fn bytes(&self, inputs: usize) -> usize {
         self.0.bytes(inputs)
+    }
+
+    fn line_products() -> usize {
+        1
     }
 
     #[inline(always)]
@@ -349,13 +365,8 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
         inputs.div_ceil(C::INPUTS) * PANEL * size_of::<C>()
     }
 
-    fn prefetch_bytes(&self) -> usize {
-        // A word of codes that is a single product goes by so fast that the processor itself looks as far ahead as
-        // others have to ask.
-        match R::parts::<C>() {
-            1 => 6144,
-            _ => 2048,
-        }
+    fn line_products() -> usize {
+        R::parts::<C>()
     }
 
     #[inline(always)]

@@ -226,7 +226,7 @@ impl Device for CpuDevice {
 
     /// Of reading alone, with the threads and vectors of the kernels.
     fn read_bandwidth(&mut self) -> Option<f64> {
-        let bandwidth = read_bandwidth(self.cpu.pool(), self.cpu.isa(), BANDWIDTH_BYTES);
+        let bandwidth = read_bandwidth(self.cpu.pool(), self.cpu.isa(), BANDWIDTH_BYTES).ok()?;
         Some(bandwidth.median)
     }
 }
