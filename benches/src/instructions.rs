@@ -335,6 +335,7 @@ fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
             sequences: &[sequence],
             cache: KvCache::new(part, part, HEADS, WIDTH / HEADS),
             scale: 0.125,
+            activations: None,
         };
         cpu::attention(&mut cpu, &attention, RowsMut::new(&mut out, tokens, WIDTH));
         Ok(())

@@ -26,7 +26,7 @@ pub struct CompileOptions {
     /// What to compile for; repetitions count once.
     pub targets: Vec<TargetChoice>,
     /// Element type of the KV cache, and of activations where the target stores them so. When absent:
-    /// f32 for the CPU alone; with a GPU among the targets that of the weights or the LM head, where one
+    /// for the CPU alone f32, or bf16 where `activations` are rounded; with a GPU among the targets that of the weights or the LM head, where one
     /// is of floating point, else the checkpoint's where it is one of 16 bits, else f16.
     pub dtype: Option<DType>,
     /// How weight matrices are stored. When absent: as the checkpoint's own, be they integers; with a GPU
@@ -186,7 +186,10 @@ impl CompileOptions {
             // What the checkpoint has in another type than its integers keeps that type.
             let lm_head = self.lm_head.unwrap_or(self.weights.map_or(float, as_head));
             return Ok(ElementTypes {
-                dtype: self.dtype.unwrap_or(DType::F32),
+                dtype: self.dtype.unwrap_or(match self.activations {
+                    None => DType::F32,
+                    Some(_) => DType::Bf16,
+                }),
                 weights,
                 lm_head,
                 others: self.weights.unwrap_or(float),

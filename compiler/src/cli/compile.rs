@@ -30,7 +30,7 @@ pub struct Arguments {
     #[arg(long, value_name = "TARGET", default_value = "native", value_parser = target)]
     target: Vec<TargetName>,
     /// Element type of activations and the KV cache; of the KV cache alone on the CPU, which computes
-    /// in f32 [default: f32 for the CPU, the weights' for CUDA]
+    /// in f32 [default: f32 for the CPU, bf16 with --activations; the weights' for CUDA]
     #[arg(long, value_enum)]
     dtype: Option<FloatType>,
     /// How the weight matrices are stored: f32 (for the CPU alone), f16, bf16, or as integers: int8 (a scale for
@@ -44,7 +44,7 @@ pub struct Arguments {
     #[arg(long, value_name = "FORMAT")]
     lm_head: Option<WeightFormat>,
     /// What the CPU rounds rows of activations to before products with weights of the same kind: int8 (a scale
-    /// for each 128 inputs of a row) beside int8 or int4, bf16 beside bf16. Prompts and batches are computed
+    /// for each 128 inputs of a row) beside int8 or int4, bf16 beside bf16, weights or KV cache. Prompts and batches are computed
     /// faster on processors with AVX-512 VNNI or BF16, with int8 also on those of Arm with DotProd, and logits
     /// are less exact [default: f32 stays f32, and becomes integers of 16 bits beside integers]
     #[arg(long, value_name = "TYPE", value_enum)]

@@ -10,14 +10,14 @@
 //! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
 //! fetched. Weights are converted in registers.
 
-use super::matrix::{Ahead, Bf16Rows, Floats, Integers, Matrix, Part, PreparedRow};
+use super::matrix::{Ahead, Floats, Integers, Matrix, Part, PreparedRow};
 use super::norm::{self, Stats};
 use super::pool::partition;
 use super::rows::SharedRows;
 use super::scratch::Shards;
 use super::simd::{Bytes, Codes, Isa, Kernel, LANES, Nibbles, Simd};
 use super::storage::{IntPanels, PackedMatrix, Panels, Storage};
-use super::tile::{Pairs, Quads, Tiles};
+use super::tile::{Bf16Pairs, Pairs, Quads, Singles, Tiles};
 use super::{Cpu, Norm, Rows, RowsMut};
 use kiln_bundle::packing::{PANEL, panels};
 use kiln_bundle::{Activations, IntFormat};
@@ -131,14 +131,16 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
     let k = op.weight.k();
     match op.weight.data {
         Panels::Float(Storage::F32(weight)) => {
-            multiply(cpu, op, Floats::new(weight, k), x, &mut out)
+            multiply(cpu, op, Floats::<Singles<_>>::new(weight, k), x, &mut out);
         }
         Panels::Float(Storage::F16(weight)) => {
-            multiply(cpu, op, Floats::new(weight, k), x, &mut out)
+            multiply(cpu, op, Floats::<Singles<_>>::new(weight, k), x, &mut out);
         }
         Panels::Float(Storage::Bf16(weight)) => match op.activations {
-            Some(Activations::Bf16) => multiply(cpu, op, Bf16Rows::new(weight, k), x, &mut out),
-            _ => multiply(cpu, op, Floats::new(weight, k), x, &mut out),
+            Some(Activations::Bf16) => {
+                multiply(cpu, op, Floats::<Bf16Pairs>::new(weight, k), x, &mut out);
+            }
+            _ => multiply(cpu, op, Floats::<Singles<_>>::new(weight, k), x, &mut out),
         },
         Panels::Int(panels) => match panels.format {
             IntFormat::Int8 { .. } => multiply_integers::<Bytes>(cpu, op, panels, x, &mut out),

@@ -3,9 +3,9 @@
 
 use super::fixed::{self, RUN};
 use super::norm::load;
-use super::simd::{Codes, Element, LANES, Simd};
+use super::simd::{Codes, LANES, Simd};
 use super::storage::IntPanels;
-use super::tile::{AnyRows, Bf16Tile, IntRows, IntTile, LINE, Tile};
+use super::tile::{AnyRows, Factors, IntRows, IntTile, LINE, Tile};
 use bytemuck::Zeroable;
 use half::bf16;
 use kiln_bundle::packing::PANEL;
@@ -140,30 +140,30 @@ pub(super) enum Ahead {
     At(*const u8, usize),
 }
 
-/// Panels of floating-point numbers.
+/// Panels of floating-point numbers, and rows for [`Factors`] of that kind.
 #[derive(Clone, Copy)]
-pub(super) struct Floats<'a, E> {
-    weight: &'a [E],
+pub(super) struct Floats<'a, F: Factors> {
+    weight: &'a [F::Element],
     k: usize,
 }
 
-impl<'a, E> Floats<'a, E> {
+impl<'a, F: Factors> Floats<'a, F> {
     /// Panels of `k` inputs.
-    pub(super) fn new(weight: &'a [E], k: usize) -> Floats<'a, E> {
+    pub(super) fn new(weight: &'a [F::Element], k: usize) -> Floats<'a, F> {
         Floats { weight, k }
     }
 }
 
-impl<E: Element> Matrix for Floats<'_, E> {
-    const STEP_INPUTS: usize = 1;
-    const AS_THEY_ARE: bool = true;
+impl<F: Factors> Matrix for Floats<'_, F> {
+    const STEP_INPUTS: usize = F::INPUTS;
+    const AS_THEY_ARE: bool = F::AS_THEY_ARE;
 
     fn tile_rows<S: Simd>() -> usize {
-        S::TILE_ROWS
+        F::tile_rows::<S>()
     }
 
     fn values(&self, k: usize) -> usize {
-        k.next_multiple_of(LINE)
+        k.div_ceil(F::INPUTS).next_multiple_of(LINE)
     }
 
     fn runs(&self, _: usize) -> usize {
@@ -175,11 +175,11 @@ impl<E: Element> Matrix for Floats<'_, E> {
     }
 
     fn bytes(&self, inputs: usize) -> usize {
-        inputs * PANEL * size_of::<E>()
+        inputs * PANEL * size_of::<F::Element>()
     }
 
     fn line_products() -> usize {
-        size_of::<f32>() / size_of::<E>()
+        size_of::<f32>() / size_of::<F::Element>() / F::INPUTS
     }
 
     #[inline(always)]
@@ -192,90 +192,16 @@ impl<E: Element> Matrix for Floats<'_, E> {
     }
 
     #[inline(always)]
-    fn prepare<S: Simd>(&self, _: S, row: &[f32], prepared: PreparedRow<'_>) {
-        for (part, line) in row.chunks(LINE).zip(prepared.parts().0) {
-            line[..part.len()].copy_from_slice(part);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
-        let block = part.block.weights;
-        let (ahead, ahead_step) = match part.ahead {
-            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(1)),
-            Ahead::At(ahead, step) => (ahead, step),
-        };
-        let tile = Tile {
-            k: part.inputs.len(),
-            a: part.x,
-            b: block.cast::<E>().wrapping_add(part.column),
-            b_step: PANEL,
-            b_vector: LANES as isize,
-            c: part.sums,
-            c_stride: PANEL,
-            c_vector: LANES,
-            resume: part.inputs.start > 0,
-            ahead,
-            ahead_step,
-        };
-        // SAFETY: the caller's.
-        unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
-    }
-}
-
-/// Panels of bf16, for rows that are rounded to bf16.
-#[derive(Clone, Copy)]
-pub(super) struct Bf16Rows<'a>(Floats<'a, bf16>);
-
-impl<'a> Bf16Rows<'a> {
-    /// Panels of `k` inputs.
-    pub(super) fn new(weight: &'a [bf16], k: usize) -> Bf16Rows<'a> {
-        Bf16Rows(Floats::new(weight, k))
-    }
-}
-
-impl Matrix for Bf16Rows<'_> {
-    const STEP_INPUTS: usize = 2;
-
-    fn tile_rows<S: Simd>() -> usize {
-        S::BF16_TILE_ROWS
-    }
-
-    fn values(&self, k: usize) -> usize {
-        k.div_ceil(2).next_multiple_of(LINE)
-    }
-
-    fn runs(&self, _: usize) -> usize {
-        0
-    }
-
-    fn block_inputs(&self) -> usize {
-        self.0.block_inputs()
-    }
-
-    fn bytes(&self, inputs: usize) -> usize {
-        self.0.bytes(inputs)
-    }
-
-    fn line_products() -> usize {
-        1
-    }
-
-    #[inline(always)]
-    fn block(&self, panel: usize, k: usize) -> Block {
-        self.0.block(panel, k)
-    }
-
-    #[inline(always)]
     fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>) {
-        for (part, line) in row.chunks(2 * LINE).zip(prepared.parts().0) {
-            let line: &mut [bf16] = bytemuck::cast_slice_mut(line);
-            for (i, line) in (0..).step_by(LANES).zip(line.chunks_exact_mut(LANES)) {
-                // SAFETY: what is loaded exists, if anything, and zeros make up sixteen values.
+        for (part, line) in row.chunks(F::INPUTS * LINE).zip(prepared.parts().0) {
+            let line: &mut [u32] = bytemuck::cast_slice_mut(line);
+            let words = line.chunks_exact_mut(LANES / F::INPUTS);
+            for (i, words) in (0..).step_by(LANES).zip(words) {
+                // SAFETY: what is loaded exists, if anything, and zeros make up a vector.
                 unsafe {
                     let left = part.len().saturating_sub(i);
-                    let x = load(simd, part.as_ptr().wrapping_add(i), left);
-                    bf16::store(simd, line.as_mut_ptr(), x);
+                    let values = load(simd, part.as_ptr().wrapping_add(i), left);
+                    F::store(simd, words.as_mut_ptr(), values);
                 }
             }
         }
@@ -285,14 +211,18 @@ impl Matrix for Bf16Rows<'_> {
     unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
         let block = part.block.weights;
         let (ahead, ahead_step) = match part.ahead {
-            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(2)),
+            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(F::INPUTS)),
             Ahead::At(ahead, step) => (ahead, step),
         };
-        let tile = Bf16Tile {
+        let tile = Tile::<F> {
             k: part.inputs.len(),
-            x: part.x.cast(),
-            b: block.cast::<bf16>().wrapping_add(part.column),
+            a: part.x.cast(),
+            b: block.cast::<F::Element>().wrapping_add(part.column),
+            b_step: PANEL,
+            b_vector: LANES as isize,
             c: part.sums,
+            c_stride: PANEL,
+            c_vector: LANES,
             resume: part.inputs.start > 0,
             ahead,
             ahead_step,

@@ -44,15 +44,164 @@ fn line_of<const ROWS: usize>(values: usize) -> usize {
     }
 }
 
-/// Where a tile finds its operands: `c[r][j] += sum over i of a[r][i] * b[i][j]`.
+/// What a tile of floating-point numbers multiplies: the words of a row, each of one input or of two, with the
+/// elements of as many steps of `b`.
+pub(super) trait Factors: Copy + Send + Sync {
+    type Element: Element;
+    /// A vector of elements, or of pairs.
+    type Column<S: Simd>: Copy;
+
+    /// Inputs of a word.
+    const INPUTS: usize;
+    /// Whether words are the values themselves.
+    const AS_THEY_ARE: bool;
+    /// As [`Kernel::DOTS`].
+    const DOTS: Option<Dots>;
+
+    /// Rows of the tallest tile.
+    fn tile_rows<S: Simd>() -> usize;
+
+    /// Writes a vector of values as they are in words, which may be fewer.
+    ///
+    /// # Safety
+    /// `p` is valid for writing as many.
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V);
+
+    /// The vectors of a word's inputs, of which `left` are left.
+    ///
+    /// # Safety
+    /// The step exists; the one behind it too, where the word takes two inputs and two are left.
+    unsafe fn columns<S: Simd, const VECTORS: usize>(
+        simd: S,
+        step: Step<Self::Element>,
+        left: usize,
+    ) -> [Self::Column<S>; VECTORS];
+
+    /// To `sums` the products of a column and of a row's word.
+    fn add_products<S: Simd>(simd: S, sums: S::V, column: Self::Column<S>, word: u32) -> S::V;
+}
+
+/// A step of `b`: its first vector, from a vector to the next, and from the step to the next.
 #[derive(Clone, Copy)]
-pub(super) struct Tile<E> {
+pub(super) struct Step<E> {
+    pub(super) at: *const E,
+    pub(super) to_vector: isize,
+    pub(super) to_step: usize,
+}
+
+/// Rows of `f32`: a chain of fused multiply-adds `c[r][j] += a[r][i] * b[i][j]` for i = 0, 1 ..
+#[derive(Clone, Copy)]
+pub(super) struct Singles<E>(PhantomData<E>);
+
+impl<E: Element> Factors for Singles<E> {
+    type Element = E;
+    type Column<S: Simd> = S::V;
+
+    const INPUTS: usize = 1;
+    const AS_THEY_ARE: bool = true;
+    const DOTS: Option<Dots> = None;
+
+    fn tile_rows<S: Simd>() -> usize {
+        S::TILE_ROWS
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
+        // SAFETY: the caller's.
+        unsafe { simd.store_f32(p.cast(), values) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const VECTORS: usize>(
+        simd: S,
+        step: Step<E>,
+        _: usize,
+    ) -> [S::V; VECTORS] {
+        let mut columns = [simd.zero(); VECTORS];
+        unrolled!(V in VECTORS {
+            // SAFETY: the caller's.
+            columns[V] = unsafe { E::load(simd, step.at.offset(V as isize * step.to_vector)) };
+        });
+        columns
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::V, word: u32) -> S::V {
+        simd.fma(simd.splat(f32::from_bits(word)), column, sums)
+    }
+}
+
+/// Rows of bf16 in pairs, the first in the lower half, beside bf16: `c[r][j] += a[r][i + 1] * b[i + 1][j]`, then
+/// `c[r][j] += a[r][i] * b[i][j]`, for i = 0, 2 ..
+#[derive(Clone, Copy)]
+pub(super) struct Bf16Pairs;
+
+impl Factors for Bf16Pairs {
+    type Element = bf16;
+    type Column<S: Simd> = S::Words;
+
+    const INPUTS: usize = 2;
+    const AS_THEY_ARE: bool = false;
+    const DOTS: Option<Dots> = Some(Dots::Bf16);
+
+    fn tile_rows<S: Simd>() -> usize {
+        S::BF16_TILE_ROWS
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
+        // SAFETY: the caller's.
+        unsafe { simd.store_bf16(p.cast(), values) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const VECTORS: usize>(
+        simd: S,
+        step: Step<bf16>,
+        left: usize,
+    ) -> [S::Words; VECTORS] {
+        /// What a last input without another is paired with.
+        const NOTHING: [bf16; 4 * LANES] = [bf16::ZERO; 4 * LANES];
+        let (first, second, to_second) = match left > 1 {
+            true => (step.at, step.at.wrapping_add(step.to_step), step.to_vector),
+            false => (step.at, NOTHING.as_ptr(), LANES as isize),
+        };
+        let mut columns = [simd.splat_word(0); VECTORS];
+        if step.to_vector == LANES as isize && const { VECTORS.is_multiple_of(2) } {
+            for (i, columns) in columns.chunks_exact_mut(2).enumerate() {
+                let at = 2 * LANES * i;
+                // SAFETY: the caller's.
+                let two = unsafe { simd.load_bf16_pairs_of_two(first.add(at), second.add(at)) };
+                columns.copy_from_slice(&two);
+            }
+        } else {
+            unrolled!(V in VECTORS {
+                let (first, second) = (
+                    first.wrapping_offset(V as isize * step.to_vector),
+                    second.wrapping_offset(V as isize * to_second),
+                );
+                // SAFETY: the caller's.
+                columns[V] = unsafe { simd.load_bf16_pairs(first, second) };
+            });
+        }
+        columns
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::Words, word: u32) -> S::V {
+        simd.add_bf16_products(sums, column, simd.splat_word(word))
+    }
+}
+
+/// Where a tile finds its operands, and what it does with them: see [`Factors`].
+#[derive(Clone, Copy)]
+pub(super) struct Tile<F: Factors> {
     /// Length of the sum.
     pub(super) k: usize,
-    /// Rows in lines.
-    pub(super) a: *const f32,
+    /// Rows in lines of words.
+    pub(super) a: *const u32,
     /// `b[i]` at `b + i * b_step`, its vectors `b_vector` apart.
-    pub(super) b: *const E,
+    pub(super) b: *const F::Element,
     pub(super) b_step: usize,
     pub(super) b_vector: isize,
     /// `c[r]` at `c + r * c_stride`, its vectors `c_vector` apart.
@@ -61,14 +210,13 @@ pub(super) struct Tile<E> {
     pub(super) c_vector: usize,
     /// Continue from the sums in `c` instead of from zero.
     pub(super) resume: bool,
-    /// Memory that will be wanted next: `ahead + i * ahead_step` bytes is asked for in each step.
+    /// Memory that will be wanted next: `ahead + i * ahead_step` bytes is asked for with each word of a row.
     pub(super) ahead: *const u8,
     pub(super) ahead_step: usize,
 }
 
-impl<E: Element> Tile<E> {
-    /// Computes a tile of ROWS rows and VECTORS vectors: each element one chain of fused
-    /// multiply-adds in the order of i.
+impl<F: Factors> Tile<F> {
+    /// Computes a tile of ROWS rows and VECTORS vectors: each element one chain in the order of i.
     ///
     /// # Safety
     /// The operands exist, and `c` overlaps neither.
@@ -84,28 +232,31 @@ impl<E: Element> Tile<E> {
                 });
             });
         }
-        // Lines that a step of `b` takes in memory.
-        let lines = (VECTORS * LANES * size_of::<E>()).div_ceil(64);
+        // Lines of the cache that a word's inputs take.
+        let lines = (F::INPUTS * VECTORS * LANES * size_of::<F::Element>()).div_ceil(64);
         let (mut a, mut b, mut ahead) = (self.a, self.b, self.ahead);
-        let line = line_of::<ROWS>(self.k);
-        for first in (0..self.k).step_by(line) {
-            for i in 0..line.min(self.k - first) {
+        let line = line_of::<ROWS>(self.k.div_ceil(F::INPUTS));
+        for first in (0..self.k).step_by(F::INPUTS * line) {
+            let left = self.k - first;
+            for i in 0..line.min(left.div_ceil(F::INPUTS)) {
                 for line in 0..lines {
                     simd.prefetch(ahead.wrapping_add(64 * line));
                 }
-                let mut column = [simd.zero(); VECTORS];
-                unrolled!(V in VECTORS {
-                    // SAFETY: this step of `b`.
-                    column[V] = unsafe { E::load(simd, b.offset(V as isize * self.b_vector)) };
-                });
+                let step = Step {
+                    at: b,
+                    to_vector: self.b_vector,
+                    to_step: self.b_step,
+                };
+                // SAFETY: this step of `b`, and the next where there is one.
+                let columns = unsafe { F::columns::<S, VECTORS>(simd, step, left - F::INPUTS * i) };
                 unrolled!(R in ROWS {
-                    // SAFETY: the step of `a`.
-                    let x = simd.splat(unsafe { *a.add(R * LINE + i) });
+                    // SAFETY: a word of `a`.
+                    let word = unsafe { *a.add(R * LINE + i) };
                     unrolled!(V in VECTORS {
-                        sums[R][V] = simd.fma(x, column[V], sums[R][V]);
+                        sums[R][V] = F::add_products(simd, sums[R][V], columns[V], word);
                     });
                 });
-                b = b.wrapping_add(self.b_step);
+                b = b.wrapping_add(F::INPUTS * self.b_step);
                 ahead = ahead.wrapping_add(self.ahead_step);
             }
             a = a.wrapping_add(ROWS * LINE);
@@ -114,87 +265,6 @@ impl<E: Element> Tile<E> {
             unrolled!(V in VECTORS {
                 // SAFETY: within `c`.
                 unsafe { simd.store_f32(c(R, V), sums[R][V]) };
-            });
-        });
-    }
-}
-
-/// A tile of bf16 weights against rows of bf16, two inputs at a time:
-/// `c[r][j] += x[r][i + 1] * b[i + 1][j]`, then `c[r][j] += x[r][i] * b[i][j]`, for i = 0, 2 ..
-#[derive(Clone, Copy)]
-pub(super) struct Bf16Tile {
-    /// Length of the sum.
-    pub(super) k: usize,
-    /// Rows in lines of pairs, the first in the lower half; the last alone where K is odd.
-    pub(super) x: *const u32,
-    /// `b[i]`, a run of vectors, at `b + i * PANEL`.
-    pub(super) b: *const bf16,
-    /// Sums, (ROWS, PANEL).
-    pub(super) c: *mut f32,
-    /// As in [`Tile`], a step being two inputs.
-    pub(super) resume: bool,
-    pub(super) ahead: *const u8,
-    pub(super) ahead_step: usize,
-}
-
-impl Bf16Tile {
-    /// Computes a tile of ROWS rows and VECTORS vectors.
-    ///
-    /// # Safety
-    /// The operands exist, and `c` overlaps neither.
-    #[inline(always)]
-    unsafe fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
-        /// What a last input without another is paired with.
-        const NOTHING: [bf16; PANEL] = [bf16::ZERO; PANEL];
-        let mut sums = [[simd.zero(); VECTORS]; ROWS];
-        if self.resume {
-            unrolled!(R in ROWS {
-                unrolled!(V in VECTORS {
-                    // SAFETY: within `c`.
-                    sums[R][V] = unsafe { simd.load_f32(self.c.add(R * PANEL + V * LANES)) };
-                });
-            });
-        }
-        let lines = (2 * VECTORS * LANES * size_of::<bf16>()).div_ceil(64);
-        let (mut x, mut b, mut ahead) = (self.x, self.b, self.ahead);
-        let line = line_of::<ROWS>(self.k.div_ceil(2));
-        for first in (0..self.k).step_by(2 * line) {
-            let left = self.k - first;
-            for i in 0..line.min(left.div_ceil(2)) {
-                for line in 0..lines {
-                    simd.prefetch(ahead.wrapping_add(64 * line));
-                }
-                let second = match 2 * i + 1 < left {
-                    true => b.wrapping_add(PANEL),
-                    false => NOTHING.as_ptr(),
-                };
-                let mut column = [simd.splat_word(0); VECTORS];
-                if const { VECTORS == 2 } {
-                    // SAFETY: these steps of `b`.
-                    column.copy_from_slice(&unsafe { simd.load_bf16_pairs_of_two(b, second) });
-                } else {
-                    unrolled!(V in VECTORS {
-                        let at = V * LANES;
-                        // SAFETY: as above.
-                        column[V] = unsafe { simd.load_bf16_pairs(b.add(at), second.add(at)) };
-                    });
-                }
-                unrolled!(R in ROWS {
-                    // SAFETY: the step of `x`.
-                    let x = simd.splat_word(unsafe { *x.add(R * LINE + i) });
-                    unrolled!(V in VECTORS {
-                        sums[R][V] = simd.add_bf16_products(sums[R][V], column[V], x);
-                    });
-                });
-                b = b.wrapping_add(2 * PANEL);
-                ahead = ahead.wrapping_add(self.ahead_step);
-            }
-            x = x.wrapping_add(ROWS * LINE);
-        }
-        unrolled!(R in ROWS {
-            unrolled!(V in VECTORS {
-                // SAFETY: within `c`.
-                unsafe { simd.store_f32(self.c.add(R * PANEL + V * LANES), sums[R][V]) };
             });
         });
     }
@@ -440,8 +510,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
     }
 }
 
-/// A tile of a number of rows known at run time, which are in lines; in a [`Tile`] vectors are taken to be
-/// neighbours.
+/// A tile of a number of rows known at run time; a [`Tile`] is taken to be one of a panel.
 pub(super) trait AnyRows: Copy {
     /// As [`Kernel::DOTS`].
     const DOTS: Option<Dots> = None;
@@ -474,27 +543,21 @@ pub(super) trait AnyRows: Copy {
     }
 }
 
-impl<E: Element> AnyRows for Tile<E> {
+impl<F: Factors> AnyRows for Tile<F> {
+    const DOTS: Option<Dots> = F::DOTS;
+
     #[inline(always)]
     unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         // Constants to the compiler.
         let tile = Tile {
+            b_step: PANEL,
             b_vector: LANES as isize,
+            c_stride: PANEL,
             c_vector: LANES,
             ..self
         };
         // SAFETY: the caller's.
         unsafe { tile.run::<S, ROWS, VECTORS>(simd) };
-    }
-}
-
-impl AnyRows for Bf16Tile {
-    const DOTS: Option<Dots> = Some(Dots::Bf16);
-
-    #[inline(always)]
-    unsafe fn run_lines<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
-        // SAFETY: the caller's.
-        unsafe { self.run::<S, ROWS, VECTORS>(simd) };
     }
 }
 

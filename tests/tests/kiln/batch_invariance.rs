@@ -78,7 +78,8 @@ fn together_alone_in_any_order_and_chunking() {
         (DType::F32, "int8:g32", None),
         (DType::F32, "int4:g64", None),
         (DType::F32, "bf16", bf16),
-        (DType::F32, "int8", int8),
+        (DType::Bf16, "bf16", bf16),
+        (DType::Bf16, "int8", int8),
         (DType::F32, "int4:g64", int8),
     ] {
         let weights = weights.parse().unwrap();

@@ -74,6 +74,7 @@ fn rounded_activations_are_told() {
     let bundle = compile("int8", None, Some(Activations::Int8));
     let report = json(&["kilnc", "inspect"], &bundle);
     assert_eq!(report["targets"][0]["activations"], "int8");
+    assert_eq!(report["targets"][0]["dtype"], "bf16");
     let report = json(
         &[
             "kiln",
@@ -90,6 +91,7 @@ fn rounded_activations_are_told() {
     assert_eq!(report["activations"], "int8");
     let exact = json(&["kilnc", "inspect"], &demo("int8"));
     assert_eq!(exact["targets"][0]["activations"], Value::Null);
+    assert_eq!(exact["targets"][0]["dtype"], "f32");
 }
 
 #[test]

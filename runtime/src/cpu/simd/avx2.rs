@@ -36,6 +36,7 @@ impl Simd for Avx2 {
     const TILE_ROWS: usize = 6;
     const TILE_VECTORS: usize = 1;
     const INT_TILE_ROWS: usize = 4;
+    const BF16_TILE_ROWS: usize = 4;
     const DIRECT_ROWS: usize = 2;
 
     #[inline(never)]

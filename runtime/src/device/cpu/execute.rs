@@ -406,6 +406,7 @@ impl Machine<'_> {
                     sequences: self.sequences,
                     cache: self.kv.layer(*layer as usize).map_err(kv_error)?,
                     scale: *scale,
+                    activations: self.weights.activations(),
                 };
                 self.clock
                     .time(|| cpu::attention(self.cpu, &attention, out_rows));

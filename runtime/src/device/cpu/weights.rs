@@ -84,6 +84,11 @@ impl Weights {
         self.file.bytes()
     }
 
+    /// What rows are rounded to.
+    pub(super) fn activations(&self) -> Option<Activations> {
+        self.activations
+    }
+
     /// Of each kernel of a program.
     pub(super) fn kernels(&self, program: u32) -> &[Places] {
         &self.programs[program as usize].kernels
