@@ -43,10 +43,11 @@ pub struct Arguments {
     /// [default: int8 where --weights are integers, else as --weights or in the checkpoint]
     #[arg(long, value_name = "FORMAT")]
     lm_head: Option<WeightFormat>,
-    /// What the CPU rounds rows of activations to before products with weights of the same kind: int8 (a scale
-    /// for each 128 inputs of a row) beside int8 or int4, bf16 beside bf16, weights or KV cache. Prompts and batches are computed
-    /// faster on processors with AVX-512 VNNI or BF16, with int8 also on those of Arm with DotProd, and logits
-    /// are less exact [default: f32 stays f32, and becomes integers of 16 bits beside integers]
+    /// What the CPU rounds rows of activations to before products with numbers of the same kind: int8 (a scale
+    /// for each 128 inputs of a row) beside weights of int8 or int4, bf16 beside weights and a KV cache of bf16.
+    /// Prompts and batches are computed faster on processors with AVX-512 VNNI or BF16, with int8 also on those
+    /// of Arm with DotProd, and logits are less exact [default: f32 stays f32, and becomes integers of 16 bits
+    /// beside integers]
     #[arg(long, value_name = "TYPE", value_enum)]
     activations: Option<ActivationsName>,
     /// A text like those that the model is for, UTF-8. Matrices of integers are rounded so that what they
