@@ -26,8 +26,9 @@ pub struct CompileOptions {
     /// What to compile for; repetitions count once.
     pub targets: Vec<TargetChoice>,
     /// Element type of the KV cache, and of activations where the target stores them so. When absent:
-    /// for the CPU alone f32, or bf16 where `activations` are rounded; with a GPU among the targets that of the weights or the LM head, where one
-    /// is of floating point, else the checkpoint's where it is one of 16 bits, else f16.
+    /// for the CPU alone f32, or bf16 where `activations` are rounded; with a GPU among the targets that of
+    /// the weights or the LM head, where one is of floating point, else the checkpoint's where it is one of
+    /// 16 bits, else f16.
     pub dtype: Option<DType>,
     /// How weight matrices are stored. When absent: as the checkpoint's own, be they integers; with a GPU
     /// among the targets, as `dtype`.

@@ -13,7 +13,7 @@
 use super::norm;
 use super::rows::SharedRows;
 use super::scratch::Shards;
-use super::simd::{Dots, Element, Kernel, LANES, Simd};
+use super::simd::{Dots, Element, Kernel, LANES, Outlined, Simd};
 use super::storage::{Storage, StorageMut};
 use super::tile::{Bf16Pairs, Factors, LINE, Singles, Step, Tile, Tiles};
 use super::{Cpu, Rows, RowsMut};
@@ -364,18 +364,6 @@ impl<F: Factors> Kernel for TileRows<F> {
 
     fn run<S: Simd>(self, _: S) -> usize {
         F::tile_rows::<S>()
-    }
-}
-
-/// A kernel as a function of its own, with the dot products that it gains from.
-struct Outlined<K>(K);
-
-impl<K: Kernel> Kernel for Outlined<K> {
-    type Output = K::Output;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> K::Output {
-        simd.outlined(self.0)
     }
 }
 

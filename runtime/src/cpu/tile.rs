@@ -528,7 +528,7 @@ pub(super) trait AnyRows: Copy {
         macro_rules! by_rows {
             ($($rows:literal),*) => {
                 match rows {
-                    $($rows => simd.outlined(Outlined::<Self, $rows, VECTORS>(self)),)*
+                    $($rows => simd.outlined(FixedTile::<Self, $rows, VECTORS>(self)),)*
                     _ => unreachable!("a tile of {rows} rows"),
                 }
             };
@@ -573,9 +573,9 @@ impl<C: Codes, I: IntRows> AnyRows for IntTile<C, I> {
 
 /// A tile whose loop is compiled by itself: among others the compiler would not keep the sums of each
 /// in registers. Made only where [`AnyRows::run_lines`] may be called.
-struct Outlined<T, const ROWS: usize, const VECTORS: usize>(T);
+struct FixedTile<T, const ROWS: usize, const VECTORS: usize>(T);
 
-impl<T: AnyRows, const ROWS: usize, const VECTORS: usize> Kernel for Outlined<T, ROWS, VECTORS> {
+impl<T: AnyRows, const ROWS: usize, const VECTORS: usize> Kernel for FixedTile<T, ROWS, VECTORS> {
     type Output = ();
     const DOTS: Option<Dots> = T::DOTS;
 

@@ -213,6 +213,18 @@ pub(super) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
+/// A kernel as a function of its own, with the dot products that it gains from.
+pub(super) struct Outlined<K>(pub(super) K);
+
+impl<K: Kernel> Kernel for Outlined<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> K::Output {
+        simd.outlined(self.0)
+    }
+}
+
 /// Operations on vectors of sixteen `f32`. A value of the type is proof that the machine has the
 /// instructions.
 pub(super) trait Simd: Copy {
@@ -865,14 +877,6 @@ mod tests {
                     let products = |pairs| simd.add_bf16_products(sums, pairs, simd.splat_word(x));
                     [one, two[0], two[1]].map(|pairs| simd.to_array(products(pairs)))
                 }
-            }
-        }
-        struct Outlined<K>(K);
-        impl<K: Kernel> Kernel for Outlined<K> {
-            type Output = K::Output;
-            #[inline(always)]
-            fn run<S: Simd>(self, simd: S) -> K::Output {
-                simd.outlined(self.0)
             }
         }
         let mut random = Random::new(9);
