@@ -134,6 +134,8 @@ pub fn write_kv(
 
 /// Values of keys below which the caller writes the cache alone.
 const WRITE_ALONE: usize = 16 * 1024;
+/// Rows from the one being written to the cache to the one being asked for.
+const ROWS_AHEAD: usize = 8;
 
 fn scatter<E: Element>(
     cpu: &Cpu,
@@ -158,9 +160,12 @@ fn scatter<E: Element>(
                     value_cache.range(first, block_len),
                 )
             };
+            // A head's part of a row is too short for the processor to look ahead by itself.
+            let ahead = (t + ROWS_AHEAD).min(slot_mapping.len() - 1);
             cpu.isa.run(WriteSlot {
                 key: &keys.row(t)[columns.clone()],
                 value: &values.row(t)[columns.clone()],
+                ahead: [&keys, &values].map(|rows| &rows.row(ahead)[columns.clone()]),
                 key_block,
                 value_block,
                 offset,
@@ -180,6 +185,8 @@ struct WriteSlot<'a, E> {
     key: &'a [f32],
     /// (D).
     value: &'a [f32],
+    /// What is to be read soon.
+    ahead: [&'a [f32]; 2],
     /// (D, 16).
     key_block: &'a mut [E],
     /// (16, D).
@@ -195,6 +202,9 @@ impl<E: Element> Kernel for WriteSlot<'_, E> {
         let head_dim = self.key.len();
         let value_row = &mut self.value_block[self.offset * head_dim..][..head_dim];
         for d in (0..head_dim).step_by(LANES) {
+            for row in self.ahead {
+                simd.prefetch(row[d..].as_ptr().cast());
+            }
             let width = LANES.min(head_dim - d);
             let mut key = [E::zeroed(); LANES];
             // SAFETY: `width` values from d exist in the key, the value and the value's row.

@@ -381,39 +381,69 @@ impl<M: Matrix> Product<'_, M> {
         self.row_runs[2 * (range.start * self.runs + first * range.len())..].as_ptr()
     }
 
-    /// Finishes and writes the outputs at (`t`, `col..col + 16`), as far as they exist.
+    /// Asks for what finishing (`rows`, `cols`) will touch: outputs, which are written to, and rows that are added.
+    #[inline(always)]
+    fn ask_for_outputs<S: Simd>(&self, simd: S, rows: Range<usize>, cols: Range<usize>) {
+        let cols = cols.start..cols.end.min(self.op.weight.n());
+        for t in rows {
+            for col in cols.clone().step_by(LANES) {
+                // SAFETY: row and column exist.
+                simd.prefetch_write(unsafe { self.out.at(t, col) });
+                if let Some(rows) = self.op.residual.and_then(|residual| residual.rows) {
+                    simd.prefetch(rows.row(t).as_ptr().wrapping_add(col).cast());
+                }
+            }
+        }
+    }
+
+    /// Finishes and writes the outputs at (`rows`, `cols`), as far as they exist, whose sums are (rows, PANEL).
     ///
     /// # Safety
-    /// No other thread uses these outputs.
+    /// There are so many rows and sums, and no other thread uses these outputs.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, simd: S, sums: S::V, t: usize, col: usize) {
-        let width = self.op.weight.n().saturating_sub(col).min(LANES);
-        if width == 0 {
-            return;
-        }
-        let mut y = sums;
-        // SAFETY: `width` values from `col` exist in the bias, the residual and the output.
-        unsafe {
-            if let Some(bias) = self.op.bias {
-                y = simd.add(y, norm::load(simd, bias.as_ptr().add(col), width));
+    unsafe fn finish<S: Simd>(
+        &self,
+        simd: S,
+        sums: *const f32,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) {
+        let n = self.op.weight.n();
+        for (v, col) in cols.step_by(LANES).enumerate() {
+            let width = n.saturating_sub(col).min(LANES);
+            if width == 0 {
+                return;
             }
-            y = match self.op.activation {
-                Activation::None => y,
-                Activation::Relu => simd.max(simd.zero(), y),
-                Activation::GeluNew => gelu_new(simd, y),
-            };
-            let out = self.out.at(t, col);
-            if let Some(residual) = &self.op.residual {
-                let row = residual
-                    .rows
-                    .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
-                let mut r = norm::load(simd, row, width);
-                if let Some(norm) = &residual.norm {
-                    r = self.stats[t].apply(simd, r, norm, col, width);
+            // SAFETY: `width` values from `col` exist in the bias, in the residual and in each row of the output.
+            unsafe {
+                let bias = self
+                    .op
+                    .bias
+                    .map(|bias| norm::load(simd, bias.as_ptr().add(col), width));
+                for (r, t) in rows.clone().enumerate() {
+                    let mut y = simd.load_f32(sums.add(r * PANEL + v * LANES));
+                    if let Some(bias) = bias {
+                        y = simd.add(y, bias);
+                    }
+                    y = match self.op.activation {
+                        Activation::None => y,
+                        Activation::Relu => simd.max(simd.zero(), y),
+                        Activation::GeluNew => gelu_new(simd, y),
+                    };
+                    let out = self.out.at(t, col);
+                    if let Some(residual) = &self.op.residual {
+                        let row = residual
+                            .rows
+                            .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
+                        let mut x = norm::load(simd, row, width);
+                        if let Some(norm) = &residual.norm {
+                            x = self.stats[t].apply(simd, x, norm, col, width);
+                        }
+                        y = simd.add(y, x);
+                    }
+                    norm::store(simd, out, y, width);
                 }
-                y = simd.add(y, r);
             }
-            norm::store(simd, out, y, width);
         }
     }
 }
@@ -501,21 +531,17 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                         sums: c,
                         ahead,
                     };
+                    let cols = panel * PANEL + column..panel * PANEL + column + VECTORS * LANES;
+                    if inputs.end == k && !once {
+                        product.ask_for_outputs(simd, range.clone(), cols.clone());
+                    }
                     // SAFETY: the panel has these inputs, the prepared rows as many values and sums,
                     // and the sums a row for each row of the chunk.
                     unsafe { weight.multiply::<S, VECTORS>(simd, &part) };
-                    if inputs.end < k {
-                        continue;
-                    }
-                    for (r, t) in range.enumerate() {
-                        for v in (0..VECTORS * LANES).step_by(LANES) {
-                            // SAFETY: the tile has just written these sums; the outputs of this chunk
-                            // and panel belong to this task.
-                            unsafe {
-                                let sums = simd.load_f32(c.add(r * PANEL + v));
-                                product.finish(simd, sums, t, panel * PANEL + column + v);
-                            }
-                        }
+                    if inputs.end == k {
+                        // SAFETY: the tile has written these sums; the outputs of this chunk and panel belong
+                        // to this task.
+                        unsafe { product.finish(simd, c, range, cols) };
                     }
                 }
             }

@@ -349,6 +349,11 @@ pub(super) trait Simd: Copy {
     unsafe fn store_i8(self, p: *mut i8, v: Self::V);
     /// Asks for the cache line at `p`, which need not be valid.
     fn prefetch(self, p: *const u8);
+    /// Asks for the cache line at `p`, which need not be valid, to write to it.
+    #[inline(always)]
+    fn prefetch_write(self, p: *mut f32) {
+        self.prefetch(p.cast_const().cast());
+    }
 
     /// To each word of `sums` the products of the bytes of `a`, without sign where there is a QUAD_OFFSET, and of
     /// `b`, signed and from -127. To be replaced where there is no QUAD_OFFSET.
