@@ -1,7 +1,10 @@
 // What becomes of two neighbouring outputs n and n + 1 of a row: $(epilogue.summary())$.
 struct Epilogue {
-/*%- if epilogue.residual.is_some() %*/
-    const float* residual;  // (M, N)
+/*%- if let Some(added) = epilogue.residual %*/
+    const float* residual;  // (.., N)
+/*%- if added.mapped %*/
+    const uint32_t* logit_rows;  // of the residual
+/*%- endif %*/
 /*%- endif %*/
 /*%- if let Some(norm) = epilogue.residual_norm() %*/
     const RowSums<ROWS>& residual_sums;
@@ -32,8 +35,8 @@ struct Epilogue {
 /*%- if let Some(activation) = epilogue.activation() %*/
         x = $(activation)$(x);
 /*%- endif %*/
-/*%- if epilogue.residual.is_some() %*/
-        const float added = load_fresh(residual + row * static_cast<uint64_t>(N) + n);
+/*%- if let Some(added) = epilogue.residual %*/
+        const float added = load_fresh(residual + $(added.row("logit_rows", "row"))$ * static_cast<uint64_t>(N) + n);
 /*%- if let Some(norm) = epilogue.residual_norm() %*/
         const Moments moments = row_moments<N>(residual_sums, row, $(norm.eps)$f);
         x += normalise(added, moments, $(norm.weight("residual_norm_weight[n]"))$, $(norm.bias("residual_norm_bias[n]"))$);

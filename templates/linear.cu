@@ -75,8 +75,11 @@ $(entry)$($(parameters)$) {
 
     wait_for_previous();
     const auto input_row = [&](uint32_t row) { return input + $(input.row("row"))$ * static_cast<uint64_t>(K); };
-/*%- if epilogue.residual_norm().is_some() %*/
-    sum_rows<N, ROWS>(residual_sums, [&](uint32_t row) { return residual + row * static_cast<uint64_t>(N); }, rows);
+/*%- if let Some(added) = epilogue.residual %*/
+/*%- if added.norm.is_some() %*/
+    const auto residual_row = [&](uint32_t row) { return residual + $(added.row("step.logit_rows", "row"))$ * static_cast<uint64_t>(N); };
+    sum_rows<N, ROWS>(residual_sums, residual_row, rows);
+/*%- endif %*/
 /*%- endif %*/
 /*%- if input.is_f32() %*/
 

@@ -297,7 +297,10 @@ impl Interpreter<'_, '_> {
             }
             Op::Linear(linear) => {
                 let residual = match operands.get(1) {
-                    Some(_) => Some(self.normalised(linear.residual_norm, operand(1))?),
+                    Some(_) => {
+                        let rows = self.rows(linear.rows, operand(1));
+                        Some(self.normalised(linear.residual_norm, rows)?)
+                    }
                     None => None,
                 };
                 let result = self.linear(&linear, operand(0))?;
@@ -311,15 +314,19 @@ impl Interpreter<'_, '_> {
     }
 
     fn linear(&self, linear: &Linear, x: Vec<f32>) -> Result<Vec<f32>, WeightError> {
-        let x = match linear.rows {
-            Rows::Tokens => x,
-            Rows::Logits => self.selected(x),
-        };
+        let x = self.rows(linear.rows, x);
         let product = self.matmul(linear.weight, &self.normalised(linear.norm, x)?)?;
         Ok(activated(
             linear.activation,
             self.biased(linear.bias, product)?,
         ))
+    }
+
+    fn rows(&self, rows: Rows, x: Vec<f32>) -> Vec<f32> {
+        match rows {
+            Rows::Tokens => x,
+            Rows::Logits => self.selected(x),
+        }
     }
 
     fn selected(&self, x: Vec<f32>) -> Vec<f32> {

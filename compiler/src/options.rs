@@ -301,17 +301,24 @@ impl CompileOptions {
         )?;
         // No step is longer than every sequence at its longest.
         let most_tokens = kv_len.saturating_mul(batch);
-        for max_tokens in cut(&tokens, most_tokens) {
+        let prefill = cut(&tokens, most_tokens).into_iter().map(|max_tokens| {
             let max_sequences = batch.min(max_tokens);
-            buckets.push((
-                Phase::Prefill,
-                Bounds {
-                    max_tokens,
-                    max_sequences,
-                    max_kv_len: kv_len,
-                    max_logit_rows: max_tokens.min(PREFILL_LOGIT_ROWS.max(max_sequences)),
-                },
-            ));
+            Bounds {
+                max_tokens,
+                max_sequences,
+                max_kv_len: kv_len,
+                max_logit_rows: max_tokens.min(PREFILL_LOGIT_ROWS.max(max_sequences)),
+                hidden_states: false,
+            }
+        });
+        buckets.extend(prefill.map(|bounds| (Phase::Prefill, bounds)));
+        // Few steps show hidden states: one bucket serves them all.
+        if let Some(&(phase, largest)) = buckets.last() {
+            let bounds = Bounds {
+                hidden_states: true,
+                ..largest
+            };
+            buckets.push((phase, bounds));
         }
         let batches = sorted("decode-batch", &self.decode_batch, MAX_BATCH, Some(batch))?;
         let kv_lens = sorted("decode-kv", &self.decode_kv, u32::MAX, Some(kv_len))?;
@@ -324,6 +331,7 @@ impl CompileOptions {
                         max_sequences,
                         max_kv_len,
                         max_logit_rows: max_sequences,
+                        hidden_states: true,
                     },
                 ));
             }

@@ -78,6 +78,15 @@ pub fn compile(
     let fused = passes::fuse(graph.clone());
     verified("fuse", &fused)?;
     dump.write("fuse.ir", &fused)?;
+    // Most steps show no hidden states, and of these prompts need fewer rows.
+    let mut unobserved = graph.clone();
+    unobserved.hidden_states.clear();
+    let unobserved = passes::select_early(unobserved);
+    verified("select_early", &unobserved)?;
+    dump.write("prefill-select_early.ir", &unobserved)?;
+    let prefill = passes::fuse(unobserved);
+    verified("fuse", &prefill)?;
+    dump.write("prefill-fuse.ir", &prefill)?;
 
     let mut exact = Stored::new(&graph, &weights, &types, Calibrated::new());
     let notes = notes(own, &types, options, &exact);
@@ -115,7 +124,7 @@ pub fn compile(
         exceptions: exceptions(&fused, &stored),
     };
     if options.targets.contains(&TargetChoice::Cpu) {
-        let (programs, executables) = plan(&fused, &buckets, DType::F32)?;
+        let (programs, executables) = plan(&fused, &prefill, &buckets, DType::F32)?;
         manifest.targets.push(Target {
             name: "cpu".to_owned(),
             weights: types.weights,
@@ -133,7 +142,7 @@ pub fn compile(
     }
     let mut writer = BundleWriter::create(output)?;
     if !gpus.is_empty() {
-        let (programs, mut executables) = plan(&fused, &buckets, types.dtype)?;
+        let (programs, mut executables) = plan(&fused, &prefill, &buckets, types.dtype)?;
         let (kernels, copy_blocks) = cuda::lower_all(
             &programs,
             &mut executables,
@@ -301,19 +310,27 @@ fn evaluate(
     })
 }
 
-/// The programs of both phases, and an executable for each bucket.
+/// The programs, and an executable for each bucket. `prefill` is the graph of prompts whose hidden states are not
+/// to be seen.
 fn plan(
     fused: &Graph,
+    prefill: &Graph,
     buckets: &[(Phase, Bounds)],
     activations: DType,
 ) -> Result<(Vec<Program>, Vec<Executable>), CompileError> {
-    let phases = [Phase::Prefill, Phase::Decode];
-    let programs = phases.map(|phase| specialise(fused, phase, activations));
-    let programs = programs.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let programs = [
+        specialise(prefill, Phase::Prefill, activations)?,
+        specialise(fused, Phase::Prefill, activations)?,
+        specialise(fused, Phase::Decode, activations)?,
+    ];
     let executables = buckets
         .iter()
         .map(|&(phase, bounds)| {
-            let program = usize::from(phase == Phase::Decode);
+            let program = match (phase, bounds.hidden_states) {
+                (Phase::Prefill, false) => 0,
+                (Phase::Prefill, true) => 1,
+                (Phase::Decode, _) => 2,
+            };
             let plan = plan_memory(&programs[program], &bounds);
             Executable {
                 name: executable_name(phase, &bounds),
@@ -328,7 +345,7 @@ fn plan(
             }
         })
         .collect();
-    Ok((programs, executables))
+    Ok((programs.into(), executables))
 }
 
 /// Matrices that are not stored as the others.

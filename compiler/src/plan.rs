@@ -16,10 +16,13 @@ pub struct KernelPlan<'a> {
     pub images: &'a [Image],
 }
 
-/// `decode-b4-kv1024`, `prefill-t64`.
+/// `decode-b4-kv1024`, `prefill-t64`, `prefill-t512-hidden`.
 pub fn executable_name(phase: Phase, bounds: &kiln_bundle::Bounds) -> String {
     match phase {
-        Phase::Prefill => format!("prefill-t{}", bounds.max_tokens),
+        Phase::Prefill => {
+            let hidden = if bounds.hidden_states { "-hidden" } else { "" };
+            format!("prefill-t{}{hidden}", bounds.max_tokens)
+        }
         Phase::Decode => format!("decode-b{}-kv{}", bounds.max_sequences, bounds.max_kv_len),
     }
 }

@@ -67,8 +67,12 @@ pub fn specialise(
             }
         })
         .collect();
+    let name = match (phase, graph.hidden_states.is_empty()) {
+        (Phase::Prefill, false) => format!("{}-hidden", phase.name()),
+        _ => phase.name().to_owned(),
+    };
     let mut program = Program {
-        name: phase.name().to_owned(),
+        name,
         buffers: lowering.buffers,
         kernels: lowering.kernels,
         logits,

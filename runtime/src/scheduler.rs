@@ -380,7 +380,7 @@ impl Sequence {
 
 impl Scheduler {
     /// A scheduler for a device of `slots` slots and `kv_blocks` blocks; none where `executables`
-    /// lack a phase that reaches the longest sequence, which a sound manifest excludes.
+    /// lack a phase that reaches the longest sequence and shows hidden states, which a sound manifest excludes.
     pub(crate) fn new(
         executables: &[Executable],
         limits: &Limits,
@@ -390,7 +390,10 @@ impl Scheduler {
     ) -> Option<Scheduler> {
         let executables: Vec<_> = executables.iter().map(|e| (e.phase, e.bounds)).collect();
         let full_length = |phase: Phase| {
-            let reaches = move |bounds: &&Bounds| bounds.max_kv_len >= limits.max_seq_len;
+            // One of these takes every step of its phase, whatever is to be seen of it.
+            let reaches = move |bounds: &&Bounds| {
+                bounds.max_kv_len >= limits.max_seq_len && bounds.hidden_states
+            };
             executables
                 .iter()
                 .filter(move |(p, _)| *p == phase)

@@ -29,6 +29,7 @@ pub(crate) fn manifest(max_tokens: u32, max_batch: u32, max_seq_len: u32) -> Man
             max_sequences,
             max_kv_len: max_seq_len,
             max_logit_rows,
+            hidden_states: true,
         },
         arena_bytes: 1 << 20,
         offsets_bytes: Vec::new(),

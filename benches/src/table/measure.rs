@@ -360,6 +360,7 @@ mod tests {
             max_sequences: 1,
             max_kv_len: 16,
             max_logit_rows: 1,
+            hidden_states: true,
         };
         Target {
             name: "sm_90a".to_owned(),

@@ -120,7 +120,8 @@ fn defaults(executables: &[Executable]) -> Vec<usize> {
         let decode = of(Phase::Decode).filter(|(_, has)| has.bounds.max_sequences == sequences);
         decode.max_by_key(|(_, has)| has.bounds.max_kv_len)
     };
-    let prefill = of(Phase::Prefill).max_by_key(|(_, has)| has.bounds.max_tokens);
+    let prefill = of(Phase::Prefill)
+        .max_by_key(|(_, has)| (has.bounds.max_tokens, !has.bounds.hidden_states));
     let batches = of(Phase::Decode).map(|(_, has)| has.bounds.max_sequences);
     let (least, most) = (batches.clone().min(), batches.max());
     let decode = [least, most.filter(|most| Some(*most) != least)];

@@ -27,7 +27,7 @@ pub struct Norm {
 pub struct Linear {
     /// Applied to each input row first.
     pub norm: Option<Norm>,
-    /// Which input rows are computed: all, or those whose logits are asked for.
+    /// Which rows of the operands are computed: all, or those whose logits are asked for.
     pub rows: Rows,
     /// W (N, K).
     pub weight: WeightId,

@@ -23,10 +23,10 @@
 //! | `kv_write` | `[T, C]`, `[T, C]` | layer | `kv` |
 //! | `attention` | `[T, C]` and a `kv_write` of the layer, or a `qkv` of the layer | H * D = C | `[T, C]` |
 //! | `select_logit_rows` | `[T, K]` | | `[R, K]` |
-//! | `linear` | x, optionally a residual of the result's type | weight (N, K), bias (N), norm (K), residual_norm (N) with a residual only | `[.., N]` |
+//! | `linear` | x, optionally a residual of as many rows and the result's width | weight (N, K), bias (N), norm (K), residual_norm (N) with a residual only | `[.., N]` |
 //! | `qkv` | `[T, K]` | a linear with N a multiple of 3, no activation, residual or row selection; layer | `[T, N]` |
 //!
-//! A linear whose `rows` is `logits` takes `[T, K]` and gives `[R, N]`.
+//! A linear whose `rows` is `logits` takes `[T, K]`, and a residual `[T, N]`, and gives `[R, N]`.
 //!
 //! **Cache.** Each layer is written once.
 
@@ -317,9 +317,9 @@ impl Graph {
                     [] if linear.residual_norm.is_some() => {
                         Err("it has a residual_norm and no residual".to_owned())
                     }
-                    [residual] if *residual != ty => {
-                        Err(format!("its residual is {residual}, its result {ty}"))
-                    }
+                    [residual] if *residual != with_rows_of(x, ty) => Err(format!(
+                        "its input is {x}, its residual {residual}, its result {ty}"
+                    )),
                     _ => Ok(ty),
                 }
             }
@@ -404,6 +404,14 @@ impl Graph {
         }
         self.check_vector(norm.weight, width)?;
         self.check_vector(norm.bias, width)
+    }
+}
+
+/// The type with the rows of another.
+fn with_rows_of(other: Type, ty: Type) -> Type {
+    match (other, ty) {
+        (Type::Rows { rows, .. }, Type::Rows { width, .. }) => Type::Rows { rows, width },
+        _ => ty,
     }
 }
 

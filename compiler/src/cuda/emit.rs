@@ -189,19 +189,38 @@ pub(super) enum Output {
     },
 }
 
+/// The rows that a linear adds.
+#[derive(Clone, Debug)]
+pub(super) struct Added {
+    /// Rows of the step's `logit_rows` list.
+    pub mapped: bool,
+    /// Their norm, where the kernel applies it.
+    pub norm: Option<NormText>,
+}
+
+impl Added {
+    /// Index of the row that is added to row `row` of the kernel, which finds the step's list at `logit_rows`.
+    fn row(&self, logit_rows: &str, row: &str) -> String {
+        if self.mapped {
+            format!("load_fresh({logit_rows} + {row})")
+        } else {
+            row.to_owned()
+        }
+    }
+}
+
 /// What happens to a linear's sums.
 #[derive(Clone, Debug)]
 pub(super) struct Epilogue {
     pub bias: bool,
     pub activation: Option<Activation>,
-    /// Some where rows are added; with their norm, where the kernel applies it.
-    pub residual: Option<Option<NormText>>,
+    pub residual: Option<Added>,
     pub output: Output,
 }
 
 impl Epilogue {
     fn residual_norm(&self) -> Option<&NormText> {
-        self.residual.as_ref().and_then(Option::as_ref)
+        self.residual.as_ref()?.norm.as_ref()
     }
 
     fn activation(&self) -> Option<&'static str> {
@@ -225,8 +244,8 @@ impl Epilogue {
         words.extend(self.activation());
         match &self.residual {
             None => {}
-            Some(None) => words.push("residual"),
-            Some(Some(_)) => words.push("normalised residual"),
+            Some(Added { norm: None, .. }) => words.push("residual"),
+            Some(Added { norm: Some(_), .. }) => words.push("normalised residual"),
         }
         words.push(match self.output {
             Output::F32 => "rows of f32",
@@ -256,9 +275,10 @@ impl Epilogue {
     /// The initialiser of the source's `Epilogue`, in the order of its fields.
     fn values(&self) -> String {
         let mut values = vec![];
-        if let Some(norm) = &self.residual {
+        if let Some(added) = &self.residual {
             values.push("residual");
-            if let Some(norm) = norm {
+            values.extend(added.mapped.then_some("step.logit_rows"));
+            if let Some(norm) = &added.norm {
                 values.push("residual_sums");
                 values.extend(norm.weight.then_some("residual_norm_weight"));
                 values.extend(norm.bias.then_some("residual_norm_bias"));

@@ -5,8 +5,8 @@
 //! coarse bound on its rows.
 
 use super::emit::{
-    self, AttentionDecodeText, AttentionPrefillText, CopyBlocksText, EmbedText, Epilogue, GemmText,
-    Input, LinearText, NormText, Output, RowsText, SampleText, Weights, element, number,
+    self, Added, AttentionDecodeText, AttentionPrefillText, CopyBlocksText, EmbedText, Epilogue,
+    GemmText, Input, LinearText, NormText, Output, RowsText, SampleText, Weights, element, number,
 };
 use kiln_bundle::{
     Argument, BLOCK_TOKENS, Bounds, BufferId, COPIES_PER_LAUNCH, CopyLaunch, DType, KernelSpec,
@@ -698,7 +698,7 @@ impl Lowering<'_> {
             }) => {
                 let plain = Input {
                     f32: true,
-                    mapped: false,
+                    mapped: linear.rows == Rows::Logits,
                     count: input.count,
                     norm: Some(NormText::new(norm)),
                 };
@@ -951,8 +951,12 @@ fn epilogue(linear: &Linear, output: Output, fused_norms: bool) -> Epilogue {
         bias: linear.bias.is_some(),
         activation: linear.activation,
         residual: linear.residual.as_ref().map(|residual| {
-            let norm = residual.norm.as_ref().filter(|_| fused_norms);
-            norm.map(NormText::new)
+            // What is normalised by a kernel of its own is put in order by it too.
+            let fused = fused_norms || residual.norm.is_none();
+            Added {
+                mapped: linear.rows == Rows::Logits && fused,
+                norm: residual.norm.as_ref().filter(|_| fused).map(NormText::new),
+            }
         }),
         output,
     }
@@ -970,9 +974,12 @@ fn suffix(epilogue: &Epilogue) -> String {
     }
     suffix += match &epilogue.residual {
         None => "",
-        Some(None) => "_residual",
-        Some(Some(_)) => "_normresidual",
+        Some(Added { norm: None, .. }) => "_residual",
+        Some(Added { norm: Some(_), .. }) => "_normresidual",
     };
+    if epilogue.residual.as_ref().is_some_and(|added| added.mapped) {
+        suffix += "_selected";
+    }
     suffix += match epilogue.output {
         Output::F32 => "_f32",
         Output::Logits => "_logits",

@@ -25,7 +25,7 @@ pub fn fuse(mut graph: Graph) -> Graph {
     fold_activations(&mut graph);
     merge_embeddings(&mut graph);
     fold_residuals(&mut graph);
-    // The selection stands between the last norm and the head, so it goes first.
+    // Selections stand between norms and linears, so they go first.
     fold_row_selection(&mut graph);
     fold_norms(&mut graph);
     // Last: q, k and v agree in everything that was folded into them.
@@ -161,26 +161,27 @@ fn fold_residuals(graph: &mut Graph) {
     }
 }
 
+/// A linear selects the rows of its operands itself, where it has no operand but selections that are its own.
 fn fold_row_selection(graph: &mut Graph) {
-    for value in graph.values() {
-        if graph.node(value).op != Op::SelectLogitRows {
-            continue;
-        }
-        let Some(user) = graph.only_user(value) else {
-            continue;
-        };
+    for user in graph.values() {
         let Op::Linear(linear) = graph.node(user).op else {
             continue;
         };
-        if graph.operands(user) != [value] {
+        let operands = graph.operands(user);
+        let is_its_own = |&operand: &ValueId| {
+            graph.node(operand).op == Op::SelectLogitRows && graph.only_user(operand) == Some(user)
+        };
+        if !operands.iter().all(is_its_own) {
             continue;
         }
         graph.node_mut(user).op = Op::Linear(Linear {
             rows: Rows::Logits,
             ..linear
         });
-        let all = graph.operands(value)[0];
-        graph.replace(value, all);
+        for selection in operands {
+            let all = graph.operands(selection)[0];
+            graph.replace(selection, all);
+        }
     }
 }
 

@@ -318,6 +318,7 @@ fn limits_become_buckets() {
         "prefill-t16",
         "prefill-t64",
         "prefill-t300",
+        "prefill-t300-hidden",
         "decode-b1-kv32",
         "decode-b1-kv100",
         "decode-b2-kv32",
@@ -369,6 +370,11 @@ fn manifests_that_lie_are_refused() {
         "\"layers\": 3",
         "\"layers\": 0",
         "layers is 0; it must be from 1",
+    );
+    refused(
+        "\"hidden_states\": false",
+        "\"hidden_states\": true",
+        "its program and its bounds disagree on hidden states",
     );
     refused(
         "\"layers\": 3",

@@ -9,6 +9,7 @@ mod interpret;
 mod nvrtc;
 mod plan_memory;
 mod sass;
+mod select_early;
 mod specialise;
 
 use std::path::{Path, PathBuf};

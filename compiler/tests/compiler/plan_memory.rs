@@ -18,6 +18,7 @@ const BOUNDS: Bounds = Bounds {
     max_sequences: 8,
     max_kv_len: 256,
     max_logit_rows: 8,
+    hidden_states: true,
 };
 
 #[test]

@@ -32,6 +32,7 @@ fn every_node_becomes_a_kernel_and_every_value_a_buffer() {
         max_sequences: 4,
         max_kv_len: 8,
         max_logit_rows: 4,
+        hidden_states: true,
     };
     let memory = plan_memory(&program, &bounds);
     let executable = Executable {

@@ -53,20 +53,20 @@ impl Activation {
     }
 }
 
-/// Which rows of its input a linear computes.
+/// Which rows of its input, and of its residual, a linear computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rows {
     /// Every row, in order.
     All,
-    /// The rows of the step's `logit_rows` list: input (T, K), output (R, N).
+    /// The rows of the step's `logit_rows` list: input (T, K), residual (T, N), output (R, N).
     Logits,
 }
 
 /// Rows added to a linear's result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Residual {
-    /// The rows, of the output's shape.
+    /// The rows, as many as the input's and of the output's width.
     pub buffer: BufferId,
     /// Applied to each row first: post-norm models add the normalised row.
     pub norm: Option<Norm>,
@@ -79,7 +79,7 @@ pub struct Linear {
     pub input: BufferId,
     /// Applied to each input row first.
     pub norm: Option<Norm>,
-    /// Which input rows are computed.
+    /// Which rows are computed.
     pub rows: Rows,
     /// The matrix, packed (N, K).
     pub weight: String,

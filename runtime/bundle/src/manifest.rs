@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Version of the bundle format; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 6;
+pub const FORMAT_VERSION: u32 = 7;
 /// Tokens in a block of the paged KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 /// Alignment of activation buffers and weight tensors, in bytes: a cache line, and the widest
@@ -99,7 +99,7 @@ pub struct Target {
     pub weights_file: String,
     /// Kernel lists, shared by the executables that differ in bounds only.
     pub programs: Vec<Program>,
-    /// Prefill executables by rising `max_tokens`, then decode executables by rising
+    /// Prefill executables by rising `max_tokens`, those that show hidden states behind others, then decode executables by rising
     /// (`max_sequences`, `max_kv_len`).
     pub executables: Vec<Executable>,
     /// The kernels of a CUDA target.
@@ -147,7 +147,7 @@ pub struct Buffer {
 /// A straight line of kernels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Program {
-    /// `prefill` or `decode`.
+    /// `prefill`, `prefill-hidden` or `decode`.
     pub name: String,
     /// Indexed by [`BufferId`].
     pub buffers: Vec<Buffer>,
@@ -155,7 +155,8 @@ pub struct Program {
     pub kernels: Vec<KernelSpec>,
     /// f32 (R, V).
     pub logits: BufferId,
-    /// Where the L+1 hidden states can be read off: the embedding output, then each layer's.
+    /// Where the L+1 hidden states can be read off: the embedding output, then each layer's. None in a program
+    /// that does not compute all of their rows.
     pub hidden_states: Vec<Tap>,
 }
 
@@ -201,7 +202,7 @@ impl Phase {
 /// A program with the bounds and the memory plan of one bucket.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Executable {
-    /// `prefill-t64`, `decode-b4-kv2048`, ...
+    /// `prefill-t64`, `prefill-t512-hidden`, `decode-b4-kv2048`, ...
     pub name: String,
     /// Kind of step.
     pub phase: Phase,
@@ -235,6 +236,8 @@ pub struct Bounds {
     pub max_kv_len: u32,
     /// Most rows of logits (R) of a step.
     pub max_logit_rows: u32,
+    /// Whether a step may show its hidden states.
+    pub hidden_states: bool,
 }
 
 impl Bounds {

@@ -127,14 +127,14 @@ pub fn kernel_work(
                 f64::from(linear.out_features),
                 f64::from(linear.in_features),
             );
-            let residual = linear.residual.as_ref();
+            let added = linear.residual.as_ref();
             let written = match kernel {
                 // A third of the columns is q; keys and values go to the cache.
                 KernelSpec::Qkv { .. } => rows * n / 3.0 * (element(linear.out) + 2.0 * kv_element),
                 _ => all(linear.out),
             };
             let moved = rows * k * element(linear.input)
-                + residual.map_or(0.0, |residual| all(residual.buffer))
+                + added.map_or(0.0, |added| rows * n * element(added.buffer))
                 + written;
             (linear_bytes(target, linear), moved, 2.0 * rows * n * k)
         }

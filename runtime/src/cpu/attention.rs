@@ -161,11 +161,13 @@ fn scatter<E: Element>(
                 )
             };
             // A head's part of a row is too short for the processor to look ahead by itself.
-            let ahead = (t + ROWS_AHEAD).min(slot_mapping.len() - 1);
+            let ahead = t + ROWS_AHEAD;
+            let ahead = (ahead < slot_mapping.len())
+                .then(|| [&keys, &values].map(|rows| &rows.row(ahead)[columns.clone()]));
             cpu.isa.run(WriteSlot {
                 key: &keys.row(t)[columns.clone()],
                 value: &values.row(t)[columns.clone()],
-                ahead: [&keys, &values].map(|rows| &rows.row(ahead)[columns.clone()]),
+                ahead,
                 key_block,
                 value_block,
                 offset,
@@ -185,8 +187,8 @@ struct WriteSlot<'a, E> {
     key: &'a [f32],
     /// (D).
     value: &'a [f32],
-    /// What is to be read soon.
-    ahead: [&'a [f32]; 2],
+    /// A key and a value that are to be read soon.
+    ahead: Option<[&'a [f32]; 2]>,
     /// (D, 16).
     key_block: &'a mut [E],
     /// (16, D).
@@ -202,7 +204,7 @@ impl<E: Element> Kernel for WriteSlot<'_, E> {
         let head_dim = self.key.len();
         let value_row = &mut self.value_block[self.offset * head_dim..][..head_dim];
         for d in (0..head_dim).step_by(LANES) {
-            for row in self.ahead {
+            for row in self.ahead.into_iter().flatten() {
                 simd.prefetch(row[d..].as_ptr().cast());
             }
             let width = LANES.min(head_dim - d);
@@ -221,8 +223,9 @@ impl<E: Element> Kernel for WriteSlot<'_, E> {
                     E::store_first(simd, value_row.as_mut_ptr().add(d), value, width);
                 }
             }
-            for (i, key) in key.into_iter().take(width).enumerate() {
-                self.key_block[(d + i) * BLOCK_TOKENS + self.offset] = key;
+            let components = self.key_block[d * BLOCK_TOKENS..].chunks_exact_mut(BLOCK_TOKENS);
+            for (positions, key) in components.zip(key).take(width) {
+                positions[self.offset % BLOCK_TOKENS] = key;
             }
         }
     }

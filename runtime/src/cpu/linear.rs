@@ -38,7 +38,7 @@ pub enum Activation {
 /// Rows (T, N) to be added after the activation.
 #[derive(Clone, Copy, Debug)]
 pub struct Residual<'a> {
-    /// (T, N); the former contents of the output where absent.
+    /// As many as there are input rows, of N values; the former contents of the output where absent.
     pub rows: Option<Rows<'a>>,
     /// Applied to the rows before they are added, over their N values.
     pub norm: Option<Norm<'a>>,
@@ -53,7 +53,7 @@ pub struct Linear<'a> {
     pub bias: Option<&'a [f32]>,
     /// Applied to the input rows, over their K values.
     pub norm: Option<Norm<'a>>,
-    /// Input row of each output row; the row of the same number where absent.
+    /// Row of the input, and of the residual's rows, for each output row; that of the same number where absent.
     pub row_map: Option<&'a [u32]>,
     /// Applied after the bias.
     pub activation: Activation,
@@ -76,6 +76,17 @@ impl<'a> Linear<'a> {
             residual: None,
             activations: None,
         }
+    }
+
+    /// The row of the input, and of the residual's rows, for output row `t`.
+    fn row(&self, t: usize) -> usize {
+        self.row_map.map_or(t, |map| map[t] as usize)
+    }
+
+    /// What is added to output row `t`, unless it is what the output holds.
+    fn added(&self, t: usize) -> Option<&'a [f32]> {
+        let rows = self.residual?.rows?;
+        Some(rows.row(self.row(t)))
     }
 
     fn check(&self, x: &Rows<'_>, out: &RowsMut<'_>) {
@@ -103,7 +114,7 @@ impl<'a> Linear<'a> {
             if let Some(rows) = residual.rows {
                 assert_eq!(
                     (rows.rows(), rows.cols()),
-                    (out.rows(), n),
+                    (x.rows(), n),
                     "rows of the residual"
                 );
             }
@@ -272,19 +283,19 @@ struct Prepare<'a, M> {
 impl<'a, M: Matrix> Prepare<'a, M> {
     /// The input of output row `t`.
     fn input(&self, t: usize) -> &'a [f32] {
-        self.x.row(self.op.row_map.map_or(t, |map| map[t] as usize))
+        self.x.row(self.op.row(t))
     }
 
     /// Mean and deviation of the residual rows, while the output still holds them.
     fn residual_stats(&self, stats: &mut Vec<Stats>, out: &RowsMut<'_>) {
         stats.clear();
         if let Some(Residual {
-            rows,
-            norm: Some(norm),
+            norm: Some(norm), ..
         }) = self.op.residual
         {
-            let rows = rows.unwrap_or_else(|| out.as_rows());
-            stats.extend((0..out.rows()).map(|t| norm::stats(self.isa, rows.row(t), norm.eps)));
+            let out = out.as_rows();
+            let added = |t| self.op.added(t).unwrap_or_else(|| out.row(t));
+            stats.extend((0..out.rows()).map(|t| norm::stats(self.isa, added(t), norm.eps)));
         }
     }
 
@@ -381,49 +392,55 @@ impl<M: Matrix> Product<'_, M> {
         self.row_runs[2 * (range.start * self.runs + first * range.len())..].as_ptr()
     }
 
-    /// Asks for what finishing (`rows`, `cols`) will touch: outputs, which are written to, and rows that are added.
+    /// Asks for what finishing `rows` of VECTORS vectors from `col` on will touch: outputs, which are written to, and
+    /// rows that are added.
     #[inline(always)]
-    fn ask_for_outputs<S: Simd>(&self, simd: S, rows: Range<usize>, cols: Range<usize>) {
-        let cols = cols.start..cols.end.min(self.op.weight.n());
+    fn ask_for_outputs<S: Simd, const VECTORS: usize>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        col: usize,
+    ) {
         for t in rows {
-            for col in cols.clone().step_by(LANES) {
+            let added = self.op.added(t);
+            for col in (0..VECTORS).map(|v| col + v * LANES) {
+                if col >= self.op.weight.n() {
+                    break;
+                }
                 // SAFETY: row and column exist.
                 simd.prefetch_write(unsafe { self.out.at(t, col) });
-                if let Some(rows) = self.op.residual.and_then(|residual| residual.rows) {
-                    simd.prefetch(rows.row(t).as_ptr().wrapping_add(col).cast());
+                if let Some(added) = added {
+                    simd.prefetch(added.as_ptr().wrapping_add(col).cast());
                 }
             }
         }
     }
 
-    /// Finishes and writes the outputs at (`rows`, `cols`), as far as they exist, whose sums are (rows, PANEL).
+    /// Finishes and writes `rows` of VECTORS vectors from `col` on, as far as they exist, whose sums are (rows, PANEL).
     ///
     /// # Safety
     /// There are so many rows and sums, and no other thread uses these outputs.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(
+    unsafe fn finish<S: Simd, const VECTORS: usize>(
         &self,
         simd: S,
         sums: *const f32,
         rows: Range<usize>,
-        cols: Range<usize>,
+        col: usize,
     ) {
-        let n = self.op.weight.n();
-        for (v, col) in cols.step_by(LANES).enumerate() {
-            let width = n.saturating_sub(col).min(LANES);
-            if width == 0 {
-                return;
-            }
-            // SAFETY: `width` values from `col` exist in the bias, in the residual and in each row of the output.
-            unsafe {
-                let bias = self
-                    .op
-                    .bias
-                    .map(|bias| norm::load(simd, bias.as_ptr().add(col), width));
-                for (r, t) in rows.clone().enumerate() {
+        for (r, t) in rows.enumerate() {
+            let added = self.op.added(t);
+            for v in 0..VECTORS {
+                let col = col + v * LANES;
+                let width = self.op.weight.n().saturating_sub(col).min(LANES);
+                if width == 0 {
+                    break;
+                }
+                // SAFETY: `width` values from `col` exist in the bias, in what is added and in the output.
+                unsafe {
                     let mut y = simd.load_f32(sums.add(r * PANEL + v * LANES));
-                    if let Some(bias) = bias {
-                        y = simd.add(y, bias);
+                    if let Some(bias) = self.op.bias {
+                        y = simd.add(y, norm::load(simd, bias.as_ptr().add(col), width));
                     }
                     y = match self.op.activation {
                         Activation::None => y,
@@ -432,10 +449,8 @@ impl<M: Matrix> Product<'_, M> {
                     };
                     let out = self.out.at(t, col);
                     if let Some(residual) = &self.op.residual {
-                        let row = residual
-                            .rows
-                            .map_or(out.cast_const(), |rows| rows.row(t)[col..].as_ptr());
-                        let mut x = norm::load(simd, row, width);
+                        let added = added.map_or(out.cast_const(), |row| row[col..].as_ptr());
+                        let mut x = norm::load(simd, added, width);
                         if let Some(norm) = &residual.norm {
                             x = self.stats[t].apply(simd, x, norm, col, width);
                         }
@@ -531,9 +546,10 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                         sums: c,
                         ahead,
                     };
-                    let cols = panel * PANEL + column..panel * PANEL + column + VECTORS * LANES;
-                    if inputs.end == k && !once {
-                        product.ask_for_outputs(simd, range.clone(), cols.clone());
+                    let col = panel * PANEL + column;
+                    // Of few rows they are at hand.
+                    if inputs.end == k && product.tiles.rows > STREAMED_ROWS {
+                        product.ask_for_outputs::<S, VECTORS>(simd, range.clone(), col);
                     }
                     // SAFETY: the panel has these inputs, the prepared rows as many values and sums,
                     // and the sums a row for each row of the chunk.
@@ -541,7 +557,7 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                     if inputs.end == k {
                         // SAFETY: the tile has written these sums; the outputs of this chunk and panel belong
                         // to this task.
-                        unsafe { product.finish(simd, c, range, cols) };
+                        unsafe { product.finish::<S, VECTORS>(simd, c, range, col) };
                     }
                 }
             }
@@ -830,27 +846,22 @@ mod tests {
         let (n, k) = (40, 24);
         let case = Case::new(9, n, k);
         let packed = &Packed::each(&case.weight, n, k)[2];
-        let op = case.linear(
-            packed,
-            Variant {
-                bias: true,
-                norm: true,
-                ..PLAIN
-            },
-        );
-        for mut cpu in cpus() {
-            let whole = case.run(&mut cpu, &op);
-            for map in [vec![4], vec![8, 0], vec![1, 1, 7, 3, 5], vec![]] {
-                let gathered = Linear {
-                    row_map: Some(&map),
-                    ..op
-                };
-                let mut out = vec![-1.0; map.len() * (n + 3)];
-                let rows = RowsMut::strided(&mut out, map.len(), n, n + 3);
-                linear(&mut cpu, &gathered, Rows::new(&case.x, 9, k), rows);
-                for (row, &t) in out.chunks_exact(n + 3).zip(&map) {
-                    assert_eq!(bits(&row[..n]), bits(&whole[t as usize * n..][..n]));
-                    assert_eq!(row[n..], [-1.0; 3]);
+        for variant in VARIANTS {
+            let op = case.linear(packed, variant);
+            for mut cpu in cpus() {
+                let whole = case.run(&mut cpu, &op);
+                for map in [vec![4], vec![8, 0], vec![1, 1, 7, 3, 5], vec![]] {
+                    let gathered = Linear {
+                        row_map: Some(&map),
+                        ..op
+                    };
+                    let mut out = vec![-1.0; map.len() * (n + 3)];
+                    let rows = RowsMut::strided(&mut out, map.len(), n, n + 3);
+                    linear(&mut cpu, &gathered, Rows::new(&case.x, 9, k), rows);
+                    for (row, &t) in out.chunks_exact(n + 3).zip(&map) {
+                        assert_eq!(bits(&row[..n]), bits(&whole[t as usize * n..][..n]));
+                        assert_eq!(row[n..], [-1.0; 3]);
+                    }
                 }
             }
         }

@@ -316,7 +316,10 @@ impl Step {
 
     /// What the step asks of its executable.
     pub fn extent(&self) -> Extent {
-        let mut extent = Extent::default();
+        let mut extent = Extent {
+            hidden_states: self.observe.hidden_states,
+            ..Extent::default()
+        };
         for sequence in self.sequences() {
             extent.add(
                 sequence.past_len as usize,
@@ -345,6 +348,8 @@ pub struct Extent {
     pub kv_len: usize,
     /// R.
     pub logit_rows: usize,
+    /// Whether hidden states are to be seen.
+    pub hidden_states: bool,
 }
 
 impl Extent {
@@ -362,6 +367,7 @@ impl Extent {
             && self.sequences <= bounds.max_sequences as usize
             && self.kv_len <= bounds.max_kv_len as usize
             && self.logit_rows <= bounds.max_logit_rows as usize
+            && (bounds.hidden_states || !self.hidden_states)
     }
 }
 
@@ -574,6 +580,7 @@ mod tests {
                 sequences: 2,
                 kv_len: 41,
                 logit_rows: 4,
+                hidden_states: false,
             };
             assert_eq!(step.extent(), extent);
         }

@@ -62,6 +62,17 @@ fn conforms(name: &str, dtype: DType) {
 }
 
 #[test]
+fn the_cpu_itself() {
+    for name in ["opt-d64", "opt-post-d64", "gpt2-d64"] {
+        let subjects = subjects();
+        let subject = subjects.iter().find(|s| s.name == name).unwrap();
+        let (_dir, bundle) = compiled(subject, DType::F16);
+        let outcomes = accuracy(&mut cpu(&bundle), &mut cpu(&bundle), &bundle, DType::F16);
+        expect(name, &outcomes.unwrap());
+    }
+}
+
+#[test]
 fn opt_with_heads_of_64_in_f16() {
     conforms("opt-d64", DType::F16);
 }

@@ -146,7 +146,7 @@ fn inspect_counts_what_is_there() {
     let path = bundle.path().to_string_lossy().into_owned();
     let report = json(&run("kilnc", &["inspect", &path, "--json"]));
     let executables = report["targets"][0]["executables"].as_array().unwrap();
-    assert_eq!(executables.len(), 9);
+    assert_eq!(executables.len(), 10);
     // 3 layers of qkv, attention, out, up, down; embedding, head and sampling.
     assert_eq!(executables[0]["kernels"], 18);
     // q, k, v, out: 4 * 64 * 64; up, down: 2 * 64 * 128; head: 320 (300 in whole panels) * 64.

@@ -327,6 +327,7 @@ mod tests {
         max_sequences: 3,
         max_kv_len: 96,
         max_logit_rows: 70,
+        hidden_states: true,
     };
 
     fn list(words: &[u32], start: usize, len: usize) -> &[u32] {
@@ -420,6 +421,7 @@ mod tests {
             max_sequences: 1,
             max_kv_len: 256,
             max_logit_rows: 1,
+            hidden_states: true,
         };
         let layout = StepLayout::new(&bounds);
         let mut step = Step::default();
