@@ -114,7 +114,9 @@ pub fn pack_weights(
                     }
                     let values = weights.exact_rows(id, rows.clone())?;
                     let values = match role {
-                        WeightRole::Packed { k, .. } => target.layout.pack(&values, *k),
+                        WeightRole::Packed { k, .. } => {
+                            target.layout.pack(format.element(), &values, *k)
+                        }
                         WeightRole::Vector { .. } | WeightRole::Table { .. } => values,
                     };
                     encode(&values, tensor)

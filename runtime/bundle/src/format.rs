@@ -161,7 +161,7 @@ impl WeightFormat {
                 Layout::Panels => format.packed_shape(n, k).to_vec(),
                 Layout::Tiles => format.strips_shape(n, k).to_vec(),
             },
-            _ => layout.shape(n, k),
+            float => layout.shape(float.element(), n, k),
         }
     }
 

@@ -7,10 +7,12 @@
 //! one sequential stream and a vector register holds the same input column of neighbouring outputs:
 //!
 //! ```text
-//! packed[n / PANEL][k][n % PANEL] = W[n][k]        shape (ceil(N / PANEL), K, PANEL)
+//! packed[n / PANEL][k / t][n % PANEL][k % t] = W[n][k]        shape (ceil(N / PANEL), ceil(K / t), PANEL, t)
 //! ```
 //!
-//! The last panel is filled with zero rows. Every output is then one chain of multiply-adds in the
+//! t inputs of an output lie [`together`]: two in bf16, which thus make a word, as products of pairs want them (and
+//! a shift or a mask makes an f32 of either); else one. The last panel is filled with zero rows, and the last inputs
+//! that lie together with zeros. Every output is then one chain of multiply-adds in the
 //! order of k, whatever the number of rows it is computed for: that is what makes results
 //! independent of the batch.
 //!
@@ -66,7 +68,7 @@
 //! scale or a sixteenth of the minimum, at least 1 and less than 2. An output is the sum of its products
 //! in units. In int8 with a scale for each output that scale is the unit.
 
-use crate::IntFormat;
+use crate::{DType, IntFormat};
 use serde::{Deserialize, Serialize};
 
 /// An arrangement of weight matrices.
@@ -80,10 +82,10 @@ pub enum Layout {
 }
 
 impl Layout {
-    /// Shape of the packed form of an (N, K) matrix.
-    pub fn shape(self, n: usize, k: usize) -> Vec<usize> {
+    /// Shape of the packed form of an (N, K) matrix of floating-point elements.
+    pub fn shape(self, element: DType, n: usize, k: usize) -> Vec<usize> {
         match self {
-            Layout::Panels => packed_shape(n, k).to_vec(),
+            Layout::Panels => packed_shape(element, n, k).to_vec(),
             Layout::Tiles => {
                 vec![n.div_ceil(TILE_N), k.div_ceil(TILE_K), TILE_N, TILE_K]
             }
@@ -98,15 +100,15 @@ impl Layout {
         }
     }
 
-    /// Packs rows of W, (n, K) row-major, into whole groups; missing elements are zero.
-    pub fn pack(self, rows: &[f32], k: usize) -> Vec<f32> {
+    /// Packs rows of W, (n, K) row-major, into whole groups, for elements of a type; missing ones are zero.
+    pub fn pack(self, element: DType, rows: &[f32], k: usize) -> Vec<f32> {
         let n = rows.len() / k.max(1);
-        let mut packed = vec![0.0; self.shape(n, k).iter().product()];
+        let mut packed = vec![0.0; self.shape(element, n, k).iter().product()];
         for (row, values) in rows.chunks(k.max(1)).enumerate() {
             match self {
                 Layout::Panels => {
                     for (column, &value) in values.iter().enumerate() {
-                        packed[packed_index(row, column, k)] = value;
+                        packed[packed_index(element, row, column, k)] = value;
                     }
                 }
                 Layout::Tiles => {
@@ -141,14 +143,25 @@ pub const fn panels(n: usize) -> usize {
     n.div_ceil(PANEL)
 }
 
-/// Shape of the packed form of an (N, K) matrix.
-pub const fn packed_shape(n: usize, k: usize) -> [usize; 3] {
-    [panels(n), k, PANEL]
+/// Inputs of an output that lie together in panels of such elements.
+pub const fn together(element: DType) -> usize {
+    match element {
+        DType::Bf16 => 2,
+        _ => 1,
+    }
 }
 
-/// Index, in elements, of `W[n][k]` in the packed form of a matrix with `k_len` columns.
-pub const fn packed_index(n: usize, k: usize, k_len: usize) -> usize {
-    ((n / PANEL) * k_len + k) * PANEL + n % PANEL
+/// Shape of an (N, K) matrix of such elements in panels.
+pub const fn packed_shape(element: DType, n: usize, k: usize) -> [usize; 4] {
+    let together = together(element);
+    [panels(n), k.div_ceil(together), PANEL, together]
+}
+
+/// Index of `W[n][k]` in panels of such elements, of a matrix with `k_len` columns.
+pub const fn packed_index(element: DType, n: usize, k: usize, k_len: usize) -> usize {
+    let together = together(element);
+    let columns = n / PANEL * k_len.div_ceil(together) + k / together;
+    (columns * PANEL + n % PANEL) * together + k % together
 }
 
 /// The inputs of a group of integers are filled up to a multiple of this.

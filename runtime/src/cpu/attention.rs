@@ -536,7 +536,7 @@ impl<F: Factors> AttendTile<'_, F> {
                     };
                     // SAFETY: row d of a block's keys, (D, 16), and the next where there is one.
                     let [key] =
-                        unsafe { F::columns::<S, 1>(simd, step, self.op.cache.head_dim - d) };
+                        unsafe { F::columns::<S, 1, 0>(simd, step, self.op.cache.head_dim - d) };
                     sums[i] = F::add_products(simd, sums[i], key, word);
                 }
             }

@@ -4,7 +4,8 @@ use super::norm;
 use super::simd::{Element, Kernel, LANES, Simd};
 use super::storage::{PackedMatrix, Panels, Storage};
 use super::{Cpu, RowsMut};
-use kiln_bundle::packing::{PANEL, packed_index};
+use kiln_bundle::DType;
+use kiln_bundle::packing::{PANEL, together};
 
 /// A table of position embeddings: (P, C), row-major.
 #[derive(Clone, Copy, Debug)]
@@ -72,21 +73,27 @@ pub fn embed(cpu: &Cpu, op: &Embedding<'_>, mut out: RowsMut<'_>) {
         if let Some((table, ids)) = op.tokens {
             let id = ids[t] as usize;
             match table.data {
-                Panels::Float(Storage::F32(table)) => isa.run(Token {
-                    table,
-                    id,
-                    out: &mut *out,
-                }),
-                Panels::Float(Storage::F16(table)) => isa.run(Token {
-                    table,
-                    id,
-                    out: &mut *out,
-                }),
-                Panels::Float(Storage::Bf16(table)) => isa.run(Token {
-                    table,
-                    id,
-                    out: &mut *out,
-                }),
+                Panels::Float(Storage::F32(table)) => {
+                    isa.run(Token::<_, { together(DType::F32) }> {
+                        table,
+                        id,
+                        out: &mut *out,
+                    });
+                }
+                Panels::Float(Storage::F16(table)) => {
+                    isa.run(Token::<_, { together(DType::F16) }> {
+                        table,
+                        id,
+                        out: &mut *out,
+                    });
+                }
+                Panels::Float(Storage::Bf16(table)) => {
+                    isa.run(Token::<_, { together(DType::Bf16) }> {
+                        table,
+                        id,
+                        out: &mut *out,
+                    });
+                }
                 Panels::Int(table) => table.row(id, out),
             }
         }
@@ -116,24 +123,27 @@ pub fn embed(cpu: &Cpu, op: &Embedding<'_>, mut out: RowsMut<'_>) {
     }
 }
 
-/// `out = table[id]`, the table packed in panels: a strided walk, which the hardware prefetches.
-struct Token<'a, E> {
+/// `out = table[id]`, the table packed in panels, TOGETHER inputs together: a strided walk, which the hardware
+/// prefetches.
+struct Token<'a, E, const TOGETHER: usize> {
     table: &'a [E],
     id: usize,
     out: &'a mut [f32],
 }
 
-impl<E: Element> Kernel for Token<'_, E> {
+impl<E: Element, const TOGETHER: usize> Kernel for Token<'_, E, TOGETHER> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let cols = self.out.len();
-        let column = &self.table[packed_index(self.id, 0, cols)..];
+        let panel = self.id / PANEL * cols.next_multiple_of(TOGETHER);
+        let row = &self.table[panel * PANEL + self.id % PANEL * TOGETHER..];
         for (i, out) in self.out.chunks_mut(LANES).enumerate() {
             let mut lanes = [E::zeroed(); LANES];
             for (j, lane) in lanes.iter_mut().take(out.len()).enumerate() {
-                *lane = column[(i * LANES + j) * PANEL];
+                let k = i * LANES + j;
+                *lane = row[k / TOGETHER * (TOGETHER * PANEL) + k % TOGETHER];
             }
             // SAFETY: the array has sixteen elements, the output as many as are stored.
             unsafe {

@@ -17,7 +17,7 @@ use super::rows::SharedRows;
 use super::scratch::Shards;
 use super::simd::{Bytes, Codes, Isa, Kernel, LANES, Nibbles, Simd};
 use super::storage::{IntPanels, PackedMatrix, Panels, Storage};
-use super::tile::{Bf16Pairs, Pairs, Quads, Singles, Tiles};
+use super::tile::{Bf16Pairs, Pairs, Quads, Singles, Tiles, Together};
 use super::{Cpu, Norm, Rows, RowsMut};
 use kiln_bundle::packing::{PANEL, panels};
 use kiln_bundle::{Activations, IntFormat};
@@ -149,9 +149,21 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
         }
         Panels::Float(Storage::Bf16(weight)) => match op.activations {
             Some(Activations::Bf16) => {
-                multiply(cpu, op, Floats::<Bf16Pairs>::new(weight, k), x, &mut out);
+                multiply(
+                    cpu,
+                    op,
+                    Floats::<Together<Bf16Pairs>>::new(weight, k),
+                    x,
+                    &mut out,
+                );
             }
-            _ => multiply(cpu, op, Floats::<Singles<_>>::new(weight, k), x, &mut out),
+            _ => multiply(
+                cpu,
+                op,
+                Floats::<Together<Singles<_>>>::new(weight, k),
+                x,
+                &mut out,
+            ),
         },
         Panels::Int(panels) => match panels.format {
             IntFormat::Int8 { .. } => multiply_integers::<Bytes>(cpu, op, panels, x, &mut out),
@@ -197,7 +209,8 @@ fn multiply<M: Matrix>(
     };
     let stats = &mut cpu.scratch.stats;
     prepare.residual_stats(stats, out);
-    let (rows, row_runs): (&[f32], &[f32]) = if t == 1 && op.norm.is_none() && M::AS_THEY_ARE {
+    let as_they_are = M::AS_THEY_ARE && k.is_multiple_of(M::STEP_INPUTS);
+    let (rows, row_runs): (&[f32], &[f32]) = if t == 1 && op.norm.is_none() && as_they_are {
         (prepare.input(0), &[])
     } else {
         let rows = cpu

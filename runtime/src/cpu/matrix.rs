@@ -24,7 +24,7 @@ const BLOCK_BYTES: usize = if cfg!(test) { 16 } else { 64 } * 1024;
 pub(super) trait Matrix: Copy + Sync {
     /// Inputs of a step of a tile.
     const STEP_INPUTS: usize;
-    /// Whether the values are those of the row itself.
+    /// Whether the values are those of the row itself, if these make up whole steps.
     const AS_THEY_ARE: bool = false;
 
     /// Rows of the tallest tile.
@@ -144,18 +144,20 @@ pub(super) enum Ahead {
 #[derive(Clone, Copy)]
 pub(super) struct Floats<'a, F: Factors> {
     weight: &'a [F::Element],
+    /// Inputs of a panel, with those that make up the last that lie together.
     k: usize,
 }
 
 impl<'a, F: Factors> Floats<'a, F> {
     /// Panels of `k` inputs.
     pub(super) fn new(weight: &'a [F::Element], k: usize) -> Floats<'a, F> {
+        let k = k.next_multiple_of(F::TOGETHER);
         Floats { weight, k }
     }
 }
 
 impl<F: Factors> Matrix for Floats<'_, F> {
-    const STEP_INPUTS: usize = F::INPUTS;
+    const STEP_INPUTS: usize = F::INPUTS * F::WORDS;
     const AS_THEY_ARE: bool = F::AS_THEY_ARE;
 
     fn tile_rows<S: Simd>() -> usize {
@@ -211,15 +213,17 @@ impl<F: Factors> Matrix for Floats<'_, F> {
     unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
         let block = part.block.weights;
         let (ahead, ahead_step) = match part.ahead {
-            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(F::INPUTS)),
+            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(Self::STEP_INPUTS)),
             Ahead::At(ahead, step) => (ahead, step),
         };
         let tile = Tile::<F> {
             k: part.inputs.len(),
             a: part.x.cast(),
-            b: block.cast::<F::Element>().wrapping_add(part.column),
+            b: block
+                .cast::<F::Element>()
+                .wrapping_add(F::TOGETHER * part.column),
             b_step: PANEL,
-            b_vector: LANES as isize,
+            b_vector: (F::TOGETHER * LANES) as isize,
             c: part.sums,
             c_stride: PANEL,
             c_vector: LANES,

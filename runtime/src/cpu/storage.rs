@@ -40,6 +40,15 @@ impl<'a> Storage<'a> {
         }
     }
 
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Storage::F32(_) => DType::F32,
+            Storage::F16(_) => DType::F16,
+            Storage::Bf16(_) => DType::Bf16,
+        }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         match self {
@@ -126,7 +135,7 @@ impl<'a> PackedMatrix<'a> {
     /// # Errors
     /// [`StorageError::Length`] when `data` is not of the packed size.
     pub fn new(data: Storage<'a>, n: usize, k: usize) -> Result<PackedMatrix<'a>, StorageError> {
-        check_length(&packing::packed_shape(n, k), data.len(), n, k)?;
+        check_length(&packing::packed_shape(data.dtype(), n, k), data.len(), n, k)?;
         let data = Panels::Float(data);
         Ok(PackedMatrix { data, n, k })
     }

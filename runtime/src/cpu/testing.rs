@@ -3,7 +3,7 @@
 use super::simd::FUSED;
 use super::{Cpu, Isa, PackedMatrix, Storage, StorageMut, ThreadPool};
 use half::{bf16, f16};
-use kiln_bundle::{IntFormat, WeightFormat, packing};
+use kiln_bundle::{DType, IntFormat, WeightFormat, packing::Layout};
 
 /// A 64-bit xorshift generator.
 pub(super) struct Random(u64);
@@ -67,11 +67,16 @@ pub(super) enum Elements {
 impl Elements {
     /// `values` as each type in turn.
     pub(super) fn each(values: &[f32]) -> [Elements; 3] {
-        [
-            Elements::F32(values.to_vec()),
-            Elements::F16(values.iter().map(|&x| f16::from_f32(x)).collect()),
-            Elements::Bf16(values.iter().map(|&x| bf16::from_f32(x)).collect()),
-        ]
+        [DType::F32, DType::F16, DType::Bf16].map(|dtype| Elements::of(dtype, values))
+    }
+
+    /// `values` as a type of floating-point numbers.
+    pub(super) fn of(dtype: DType, values: &[f32]) -> Elements {
+        match dtype {
+            DType::F16 => Elements::F16(values.iter().map(|&x| f16::from_f32(x)).collect()),
+            DType::Bf16 => Elements::Bf16(values.iter().map(|&x| bf16::from_f32(x)).collect()),
+            _ => Elements::F32(values.to_vec()),
+        }
     }
 
     pub(super) fn as_storage(&self) -> Storage<'_> {
@@ -116,10 +121,11 @@ enum Data {
 impl Packed {
     /// `w` (n, k) in each way of storing it.
     pub(super) fn each(w: &[f32], n: usize, k: usize) -> Vec<Packed> {
-        let floats = Elements::each(&pack(w, n, k)).map(|elements| {
-            let at = (0..n * k).map(|i| packing::packed_index(i / k, i % k, k));
-            let values = at.map(|at| elements.get(at)).collect();
-            let data = Data::Float(elements);
+        let floats = Elements::each(w).map(|elements| {
+            let values: Vec<f32> = (0..n * k).map(|i| elements.get(i)).collect();
+            let dtype = elements.as_storage().dtype();
+            let packed = Layout::Panels.pack(dtype, &values, k);
+            let data = Data::Float(Elements::of(dtype, &packed));
             Packed { data, values, n, k }
         });
         let formats = [
@@ -192,17 +198,6 @@ impl AlignedBytes {
     pub(super) fn as_slice(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.0)[..self.1]
     }
-}
-
-/// The packed form of `w` (n, k).
-pub(super) fn pack(w: &[f32], n: usize, k: usize) -> Vec<f32> {
-    let mut packed = vec![0.0; packing::packed_shape(n, k).iter().product()];
-    for row in 0..n {
-        for col in 0..k {
-            packed[packing::packed_index(row, col, k)] = w[row * k + col];
-        }
-    }
-    packed
 }
 
 /// The bits of a row, to be compared.

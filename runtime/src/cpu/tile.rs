@@ -8,8 +8,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-/// Repeats the body for each constant below the limit: ROWS, at most 12, VECTORS, at most 4, or the
-/// PARTS of a word, at most 4. A loop would do the same if the compiler could be relied on to unroll it
+/// Repeats the body for each constant below the limit: ROWS, at most 12, VECTORS, at most 4, WORDS of a step, at
+/// most 2, or the PARTS of a word, at most 4. A loop would do the same if the compiler could be relied on to unroll it
 /// before it decides what lives in registers.
 macro_rules! unrolled {
     ($i:ident in ROWS $body:block) => {
@@ -17,6 +17,9 @@ macro_rules! unrolled {
     };
     ($i:ident in VECTORS $body:block) => {
         unrolled!($i in (VECTORS) $body 0 1 2 3)
+    };
+    ($i:ident in WORDS $body:block) => {
+        unrolled!($i in (F::WORDS) $body 0 1)
     };
     ($i:ident in PARTS $body:block) => {
         unrolled!($i in (C::INPUTS / I::INPUTS) $body 0 1 2 3)
@@ -44,8 +47,8 @@ fn line_of<const ROWS: usize>(values: usize) -> usize {
     }
 }
 
-/// What a tile of floating-point numbers multiplies: the words of a row, each of one input or of two, with the
-/// elements of as many steps of `b`.
+/// What a tile of floating-point numbers multiplies: in each step one word of a row or two, each of one input or of
+/// two, with the elements of as many inputs of `b`.
 pub(super) trait Factors: Copy + Send + Sync {
     type Element: Element;
     /// A vector of elements, or of pairs.
@@ -53,6 +56,10 @@ pub(super) trait Factors: Copy + Send + Sync {
 
     /// Inputs of a word.
     const INPUTS: usize;
+    /// Words of a row that a step takes.
+    const WORDS: usize = 1;
+    /// Inputs that lie together in `b`.
+    const TOGETHER: usize = 1;
     /// Whether words are the values themselves.
     const AS_THEY_ARE: bool;
     /// As [`Kernel::DOTS`].
@@ -67,11 +74,11 @@ pub(super) trait Factors: Copy + Send + Sync {
     /// `p` is valid for writing as many.
     unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V);
 
-    /// The vectors of a word's inputs, of which `left` are left.
+    /// The vectors of the inputs of word WORD of a step. Of the word and those behind it `left` inputs are left.
     ///
     /// # Safety
-    /// The step exists; the one behind it too, where the word takes two inputs and two are left.
-    unsafe fn columns<S: Simd, const VECTORS: usize>(
+    /// The step exists; where a word takes two inputs that do not lie together, and two are left, the second too.
+    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
         simd: S,
         step: Step<Self::Element>,
         left: usize,
@@ -112,7 +119,7 @@ impl<E: Element> Factors for Singles<E> {
     }
 
     #[inline(always)]
-    unsafe fn columns<S: Simd, const VECTORS: usize>(
+    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
         simd: S,
         step: Step<E>,
         _: usize,
@@ -155,7 +162,7 @@ impl Factors for Bf16Pairs {
     }
 
     #[inline(always)]
-    unsafe fn columns<S: Simd, const VECTORS: usize>(
+    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
         simd: S,
         step: Step<bf16>,
         left: usize,
@@ -193,12 +200,105 @@ impl Factors for Bf16Pairs {
     }
 }
 
+/// As F, with bf16 whose inputs lie together in twos, the first in the lower half of a word.
+#[derive(Clone, Copy)]
+pub(super) struct Together<F>(PhantomData<F>);
+
+impl Factors for Together<Singles<bf16>> {
+    type Element = bf16;
+    type Column<S: Simd> = S::V;
+
+    const INPUTS: usize = 1;
+    const WORDS: usize = 2;
+    const TOGETHER: usize = 2;
+    const AS_THEY_ARE: bool = true;
+    const DOTS: Option<Dots> = None;
+
+    fn tile_rows<S: Simd>() -> usize {
+        Singles::<bf16>::tile_rows::<S>()
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
+        // SAFETY: the caller's.
+        unsafe { Singles::<bf16>::store(simd, p, values) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
+        simd: S,
+        step: Step<bf16>,
+        _: usize,
+    ) -> [S::V; VECTORS] {
+        // SAFETY: the caller's.
+        let words = unsafe { words::<S, VECTORS>(simd, step) };
+        words.map(|words| match WORD {
+            0 => simd.lower_bf16(words),
+            _ => simd.upper_bf16(words),
+        })
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::V, word: u32) -> S::V {
+        Singles::<bf16>::add_products(simd, sums, column, word)
+    }
+}
+
+impl Factors for Together<Bf16Pairs> {
+    type Element = bf16;
+    type Column<S: Simd> = S::Words;
+
+    const INPUTS: usize = 2;
+    const TOGETHER: usize = 2;
+    const AS_THEY_ARE: bool = false;
+    const DOTS: Option<Dots> = Bf16Pairs::DOTS;
+
+    fn tile_rows<S: Simd>() -> usize {
+        Bf16Pairs::tile_rows::<S>()
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
+        // SAFETY: the caller's.
+        unsafe { Bf16Pairs::store(simd, p, values) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
+        simd: S,
+        step: Step<bf16>,
+        _: usize,
+    ) -> [S::Words; VECTORS] {
+        // SAFETY: the caller's.
+        unsafe { words(simd, step) }
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::Words, word: u32) -> S::V {
+        Bf16Pairs::add_products(simd, sums, column, word)
+    }
+}
+
+/// The words of a step whose inputs lie together.
+///
+/// # Safety
+/// The step exists.
+#[inline(always)]
+unsafe fn words<S: Simd, const VECTORS: usize>(simd: S, step: Step<bf16>) -> [S::Words; VECTORS] {
+    let mut words = [simd.splat_word(0); VECTORS];
+    unrolled!(V in VECTORS {
+        // SAFETY: the caller's.
+        words[V] = unsafe { simd.load_words(step.at.offset(V as isize * step.to_vector).cast()) };
+    });
+    words
+}
+
 /// Where a tile finds its operands, and what it does with them: see [`Factors`].
 #[derive(Clone, Copy)]
 pub(super) struct Tile<F: Factors> {
     /// Length of the sum.
     pub(super) k: usize,
-    /// Rows in lines of words.
+    /// Rows in lines of words; zeros make up whole steps.
     pub(super) a: *const u32,
     /// `b[i]` at `b + i * b_step`, its vectors `b_vector` apart.
     pub(super) b: *const F::Element,
@@ -210,7 +310,7 @@ pub(super) struct Tile<F: Factors> {
     pub(super) c_vector: usize,
     /// Continue from the sums in `c` instead of from zero.
     pub(super) resume: bool,
-    /// Memory that will be wanted next: `ahead + i * ahead_step` bytes is asked for with each word of a row.
+    /// Memory that will be wanted next: `ahead + i * ahead_step` bytes is asked for in each step.
     pub(super) ahead: *const u8,
     pub(super) ahead_step: usize,
 }
@@ -232,13 +332,15 @@ impl<F: Factors> Tile<F> {
                 });
             });
         }
-        // Lines of the cache that a word's inputs take.
-        let lines = (F::INPUTS * VECTORS * LANES * size_of::<F::Element>()).div_ceil(64);
+        // Inputs of a step, and lines of the cache that they take.
+        let inputs = F::INPUTS * F::WORDS;
+        let lines = (inputs * VECTORS * LANES * size_of::<F::Element>()).div_ceil(64);
         let (mut a, mut b, mut ahead) = (self.a, self.b, self.ahead);
         let line = line_of::<ROWS>(self.k.div_ceil(F::INPUTS));
         for first in (0..self.k).step_by(F::INPUTS * line) {
             let left = self.k - first;
-            for i in 0..line.min(left.div_ceil(F::INPUTS)) {
+            let words = line.min(left.div_ceil(F::INPUTS));
+            for i in (0..words.div_ceil(F::WORDS)).map(|step| step * F::WORDS) {
                 for line in 0..lines {
                     simd.prefetch(ahead.wrapping_add(64 * line));
                 }
@@ -247,16 +349,18 @@ impl<F: Factors> Tile<F> {
                     to_vector: self.b_vector,
                     to_step: self.b_step,
                 };
-                // SAFETY: this step of `b`, and the next where there is one.
-                let columns = unsafe { F::columns::<S, VECTORS>(simd, step, left - F::INPUTS * i) };
-                unrolled!(R in ROWS {
-                    // SAFETY: a word of `a`.
-                    let word = unsafe { *a.add(R * LINE + i) };
-                    unrolled!(V in VECTORS {
-                        sums[R][V] = F::add_products(simd, sums[R][V], columns[V], word);
+                unrolled!(W in WORDS {
+                    // SAFETY: this step of `b`, and the next where there is one.
+                    let columns = unsafe { F::columns::<S, VECTORS, W>(simd, step, left - F::INPUTS * i) };
+                    unrolled!(R in ROWS {
+                        // SAFETY: a word of `a`.
+                        let word = unsafe { *a.add(R * LINE + i + W) };
+                        unrolled!(V in VECTORS {
+                            sums[R][V] = F::add_products(simd, sums[R][V], columns[V], word);
+                        });
                     });
                 });
-                b = b.wrapping_add(F::INPUTS * self.b_step);
+                b = b.wrapping_add(inputs * self.b_step);
                 ahead = ahead.wrapping_add(self.ahead_step);
             }
             a = a.wrapping_add(ROWS * LINE);
@@ -551,7 +655,7 @@ impl<F: Factors> AnyRows for Tile<F> {
         // Constants to the compiler.
         let tile = Tile {
             b_step: PANEL,
-            b_vector: LANES as isize,
+            b_vector: (F::TOGETHER * LANES) as isize,
             c_stride: PANEL,
             c_vector: LANES,
             ..self

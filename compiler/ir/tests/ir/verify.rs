@@ -59,7 +59,7 @@ fn types() {
     breaks(
         "linear %5, %4",
         "linear %5, %5",
-        "%6: its residual is [T, 8], its result [T, 4]",
+        "%6: its input is [T, 8], its residual [T, 8], its result [T, 4]",
     );
     breaks(
         "linear %5, %4",

@@ -221,7 +221,7 @@ fn write_bundle(path: &Path, target_name: &str) {
             name: name.to_owned(),
             dtype: DType::F32,
             shape: if packed(name) {
-                packing::packed_shape(shape[0], shape[1]).to_vec()
+                packing::packed_shape(DType::F32, shape[0], shape[1]).to_vec()
             } else {
                 shape.clone()
             },
@@ -236,7 +236,8 @@ fn write_bundle(path: &Path, target_name: &str) {
             if packed(&declaration.name) {
                 out = vec![0.0; declaration.shape.iter().product()];
                 for (i, &value) in values.iter().enumerate() {
-                    out[packing::packed_index(i / shape[1], i % shape[1], shape[1])] = value;
+                    out[packing::packed_index(DType::F32, i / shape[1], i % shape[1], shape[1])] =
+                        value;
                 }
             }
             sink.write(bytemuck::cast_slice(&out))?;

@@ -182,7 +182,7 @@ pub(super) fn write_bundle(path: &Path, change: impl FnOnce(&mut Target)) -> Bun
         dtype,
         shape,
     };
-    let matrix = |n| Layout::Tiles.shape(n as usize, C as usize);
+    let matrix = |n| Layout::Tiles.shape(DType::F16, n as usize, C as usize);
     let tensors = [
         declare("tokens", DType::F16, matrix(V)),
         declare("qkv", DType::F16, matrix(3 * C)),
