@@ -209,6 +209,10 @@ impl TensorSink<'_> {
     }
 }
 
+/// Files are written in pieces of this size, at multiples of it: a file system that can then keeps each in a huge page,
+/// in which a bundle that has just been compiled is mapped.
+const PIECE_BYTES: usize = 2 << 20;
+
 #[derive(Debug)]
 struct HashedFile {
     path: PathBuf,
@@ -222,16 +226,26 @@ impl HashedFile {
         let file = File::create(&path).map_err(io_error("create", &path))?;
         Ok(HashedFile {
             path,
-            file: BufWriter::with_capacity(1 << 20, file),
+            file: BufWriter::with_capacity(PIECE_BYTES, file),
             hasher: blake3::Hasher::new(),
             bytes: 0,
         })
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        self.file
-            .write_all(bytes)
-            .map_err(io_error("write", &self.path))?;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let room = match PIECE_BYTES - self.file.buffer().len() {
+                // The next write puts the piece into the file.
+                0 => PIECE_BYTES,
+                room => room,
+            };
+            let (piece, behind) = left.split_at(room.min(left.len()));
+            self.file
+                .write_all(piece)
+                .map_err(io_error("write", &self.path))?;
+            left = behind;
+        }
         self.hasher.update(bytes);
         self.bytes += bytes.len() as u64;
         Ok(())
