@@ -11,7 +11,7 @@
 //! A selection of rows and an operation that computes each row by itself may change places. So the selection
 //! before the LM head moves up, past the last layer's feed-forward network and the projection of its
 //! attention, to the attention: what positions leave for others is in the cache by then. Of a prompt of T tokens
-//! that is all of this for T - 1 rows, in a model of L layers nearly 1 / L of the work.
+//! that is all of this for T - 1 rows, some two thirds of the last layer's work.
 
 use kiln_ir::{Graph, Op, Rows, Type, ValueId};
 use std::collections::{HashMap, HashSet};

@@ -14,22 +14,12 @@ const WEIGHTS: &str = "  weight @t [10, 4] = load \"t\"
 ";
 
 fn graph(body: &str) -> Graph {
-    let graph: Graph = format!("graph g {{\n{WEIGHTS}{body}}}\n").parse().unwrap();
-    assert_eq!(graph.verify(), Ok(()), "the input of the case");
-    graph
+    crate::graph(WEIGHTS, body)
 }
 
 /// Fuses `input` and compares everything after the weights above.
 fn check(input: &str, expect: &str) {
-    let fused = fuse(graph(input));
-    assert_eq!(fused.verify(), Ok(()), "the result:\n{fused}");
-    let text = fused.to_string();
-    let body = text
-        .strip_prefix("graph g {\n")
-        .unwrap()
-        .strip_prefix(WEIGHTS)
-        .unwrap();
-    assert_eq!(body.strip_suffix("}\n").unwrap(), expect);
+    assert_eq!(crate::body(WEIGHTS, &fuse(graph(input))), expect);
 }
 
 #[test]

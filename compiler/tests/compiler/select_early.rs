@@ -25,17 +25,11 @@ const LAYER: &str = "  %0 = token_ids : ids
 ";
 
 fn graph(body: &str) -> Graph {
-    let graph: Graph = format!("graph g {{\n{WEIGHTS}{body}}}\n").parse().unwrap();
-    assert_eq!(graph.verify(), Ok(()), "the input of the case");
-    graph
+    crate::graph(WEIGHTS, body)
 }
 
 fn body(graph: &Graph) -> String {
-    assert_eq!(graph.verify(), Ok(()), "the result:\n{graph}");
-    let text = graph.to_string();
-    let body = text.strip_prefix("graph g {\n").unwrap();
-    let body = body.strip_prefix(WEIGHTS).unwrap();
-    body.strip_suffix("}\n").unwrap().to_owned()
+    crate::body(WEIGHTS, graph)
 }
 
 #[test]
