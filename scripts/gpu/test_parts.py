@@ -33,6 +33,14 @@ class Conformance(unittest.TestCase):
         for other in ("", "noise", "3", "[]", '{"passed":true}'):
             self.assertIsNone(conformance.parse(other), other)
 
+    def test_a_status_is_that_of_the_cases(self):
+        cases = [{"passed": True}, {"passed": False}]
+        for found, status, right in [
+            (cases[:1], 0, True), (cases, 1, True), (cases, 0, False), (cases[:1], 1, False), ([], 0, False),
+            (cases[:1], -11, False), (cases, "stopped after 60 s", False),
+        ]:
+            self.assertEqual(conformance.judge(found, status)[0], right, (found, status))
+
 
 class Sanitizer(unittest.TestCase):
     def test_counts(self):

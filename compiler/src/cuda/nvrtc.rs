@@ -27,6 +27,9 @@ pub(super) const OPTIONS: [&str; 5] = [
     "-lineinfo",
 ];
 
+/// The first version that keeps a cache, and knows `--no-cache`.
+const CACHING_VERSION: (u32, u32) = (12, 9);
+
 /// A loaded NVRTC. Compilations may run on several threads at once.
 ///
 /// Phases of a compilation hold a lock: from a second thread small kernels (80 ms each) gain little,
@@ -317,9 +320,12 @@ impl<'a> Program<'a> {
     /// The error is NVRTC's name of it; the log has more.
     fn compile(&self) -> Result<(), String> {
         let arch = format!("--gpu-architecture={}", self.arch);
+        // What NVRTC finds in the cache that it shares with the driver comes without a log.
+        let no_cache = self.functions.version() >= CACHING_VERSION;
         let options = [arch.as_str()]
             .iter()
             .chain(&OPTIONS)
+            .chain(no_cache.then_some(&"--no-cache"))
             .map(|option| CString::new(*option))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| error.to_string())?;

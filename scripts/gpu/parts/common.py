@@ -33,8 +33,13 @@ class Report:
         self.fact(name, value)
 
     def check(self, case, passed, detail=""):
-        self.result["checks"].append({"case": case, "passed": bool(passed), "detail": detail})
-        self.write(f"{'pass' if passed else 'FAIL'}  {case}  {detail}")
+        self.check_all([{"case": case, "passed": bool(passed), "detail": detail}])
+
+    def check_all(self, checks):
+        """Adds checks {"case", "passed", "detail"}."""
+        self.result["checks"] += checks
+        words = {True: "pass", False: "FAIL"}
+        self.write("\n".join(f"{words[check['passed']]}  {check['case']}  {check['detail']}" for check in checks))
 
     def row(self, **values):
         self.result["rows"].append(values)

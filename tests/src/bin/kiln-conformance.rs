@@ -19,9 +19,12 @@ struct Arguments {
     /// cpu, cuda or cuda:N.
     #[arg(long, default_value = "cuda", value_parser = device)]
     device: DeviceChoice,
-    /// Only these models: opt-d64, opt-d80, opt-d128, opt-post-d64, gpt2-d64.
+    /// Only these models; `--list` has their names.
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     only: Vec<String>,
+    /// Print the names of the models, one a line, and run nothing.
+    #[arg(long)]
+    list: bool,
     /// Only this element type.
     #[arg(long, value_enum)]
     dtype: Option<Narrow>,
@@ -76,6 +79,12 @@ fn main() -> ExitCode {
 
 /// Runs the suite. Returns the number of cases that failed.
 fn run(arguments: &Arguments) -> Result<usize> {
+    if arguments.list {
+        for subject in subjects() {
+            writeln!(std::io::stdout(), "{}", subject.name)?;
+        }
+        return Ok(0);
+    }
     let dtypes = match arguments.dtype {
         Some(dtype) => vec![dtype],
         None => vec![Narrow::F16, Narrow::Bf16],
@@ -142,7 +151,6 @@ fn open(bundle: &Bundle, arguments: &Arguments) -> Result<Box<dyn Device>> {
         device: arguments.device,
         cuda: CudaOptions {
             graphs: !arguments.no_graphs,
-            kv_cache_bytes: Some(1 << 30),
             ..CudaOptions::default()
         },
         ..LoadOptions::default()
