@@ -127,8 +127,7 @@ impl<'a> Linear<'a> {
 
 /// Rows of x that a block meets: their share of x stays in the L2 cache.
 const CHUNK_ROWS: usize = 96;
-/// Up to this many rows the threads take contiguous parts of W, read once from memory; beyond, the
-/// work is bound by arithmetic and threads help each other.
+/// Up to this many rows a chunk is not cut for the sake of more threads: W would be read more than once.
 const STREAMED_ROWS: usize = 32;
 /// Values of x below which the caller prepares them alone.
 const PREPARE_ALONE: usize = 16 * 1024;
@@ -249,14 +248,7 @@ fn multiply<M: Matrix>(
             sums: unsafe { threads.get(thread) }.reserve(0),
         });
     };
-    if t <= STREAMED_ROWS && chunks == 1 {
-        pool.run(|thread| {
-            let panels = partition(panels, pool.threads(), thread);
-            panels.for_each(|panel| multiply(thread, panel));
-        });
-    } else {
-        pool.parallel_for(chunks * panels, multiply);
-    }
+    pool.parallel_for(chunks * panels, multiply);
 }
 
 /// Rows of the tallest tile.

@@ -8,7 +8,7 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ impl ThreadPool {
                 data: std::ptr::null(),
                 call: nothing,
             }),
-            next: (0..threads).map(|_| Padded(AtomicUsize::new(0))).collect(),
+            left: (0..threads).map(|_| Padded(Tasks::default())).collect(),
             parked: (1..threads)
                 .map(|_| Padded(AtomicBool::new(false)))
                 .collect(),
@@ -136,27 +136,26 @@ impl ThreadPool {
 
     /// Calls `f(thread, task)` for each task in `0..tasks`. Every thread has a part of them, of neighbours,
     /// which it takes in ascending order before it helps others with theirs: what neighbouring tasks
-    /// share, and what earlier jobs of as many tasks wrote, is in its own cache most of the time.
+    /// share, and what earlier jobs of as many tasks wrote, is in its own cache most of the time. Who
+    /// helps takes the last task of a part, so that what its thread streams from memory goes on.
     pub fn parallel_for(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
-        let alone = tasks <= 1 || self.workers.is_empty();
+        let alone = tasks <= 1 || self.workers.is_empty() || u32::try_from(tasks).is_err();
         if alone || self.busy.swap(true, Ordering::Acquire) {
             (0..tasks).for_each(|task| f(0, task));
             return;
         }
         let threads = self.threads();
-        let next = &self.shared.next;
-        for (part, next) in next.iter().enumerate() {
-            let first = partition(tasks, threads, part).start;
-            next.0.store(first, Ordering::Relaxed);
+        let left = &self.shared.left;
+        for (part, left) in left.iter().enumerate() {
+            left.0.set(partition(tasks, threads, part));
         }
         self.run_alone(|thread| {
-            for part in (thread..threads).chain(0..thread) {
-                let (next, end) = (&next[part].0, partition(tasks, threads, part).end);
-                while next.load(Ordering::Relaxed) < end {
-                    let task = next.fetch_add(1, Ordering::Relaxed);
-                    if task < end {
-                        f(thread, task);
-                    }
+            while let Some(task) = left[thread].0.take_first() {
+                f(thread, task);
+            }
+            for part in (thread + 1..threads).chain(0..thread) {
+                while let Some(task) = left[part].0.take_last() {
+                    f(thread, task);
                 }
             }
         });
@@ -213,6 +212,49 @@ impl Drop for ThreadPool {
     }
 }
 
+/// A range of tasks from both of whose ends threads take. Start and end, of 32 bits, are one word, so
+/// that no task is taken twice.
+#[derive(Default)]
+struct Tasks(AtomicU64);
+
+impl Tasks {
+    fn set(&self, tasks: Range<usize>) {
+        self.0
+            .store(Tasks::pack(tasks.start, tasks.end), Ordering::Relaxed);
+    }
+
+    fn take_first(&self) -> Option<usize> {
+        self.take(|start, end| (start, Tasks::pack(start + 1, end)))
+    }
+
+    fn take_last(&self) -> Option<usize> {
+        self.take(|start, end| (end - 1, Tasks::pack(start, end - 1)))
+    }
+
+    /// `choose` gives a task of a range that has some, and what is left without it.
+    fn take(&self, choose: impl Fn(usize, usize) -> (usize, u64)) -> Option<usize> {
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = ((seen >> 32) as usize, (seen as u32) as usize);
+            if start >= end {
+                return None;
+            }
+            let (task, left) = choose(start, end);
+            let taken =
+                self.0
+                    .compare_exchange_weak(seen, left, Ordering::Relaxed, Ordering::Relaxed);
+            match taken {
+                Ok(_) => return Some(task),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    fn pack(start: usize, end: usize) -> u64 {
+        (start as u64) << 32 | end as u64
+    }
+}
+
 /// The part of `0..len` that falls to `part` of `parts`: contiguous, sizes at most one apart.
 pub fn partition(len: usize, parts: usize, part: usize) -> Range<usize> {
     len * part / parts..len * (part + 1) / parts
@@ -253,8 +295,8 @@ struct Shared {
     /// Workers that have not finished it.
     running: Padded<AtomicUsize>,
     job: UnsafeCell<Job>,
-    /// Of each part of a job's tasks, the first that nobody has taken.
-    next: Vec<Padded<AtomicUsize>>,
+    /// Of each part of a job's tasks, those that nobody has taken.
+    left: Vec<Padded<Tasks>>,
     /// Which workers sleep, or are about to.
     parked: Vec<Padded<AtomicBool>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
