@@ -6,41 +6,9 @@
 // tiles of a matrix product of 16 x 8 blocks, which share them, as strips of 8 rows (1 KB of a strip a stage) or as 16
 // KB in a row.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
+#include "async.cuh"
+#include "measure.cuh"
 
-#define CHECK(call)                                                             \
-    do {                                                                        \
-        cudaError_t error = (call);                                             \
-        if (error != cudaSuccess) {                                             \
-            std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error)); \
-            std::exit(1);                                                       \
-        }                                                                       \
-    } while (0)
-
-__device__ __forceinline__ uint32_t smem(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void bar_init(uint64_t* b, uint32_t n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem(b)), "r"(n));
-}
-__device__ __forceinline__ void bar_expect(uint64_t* b, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem(b)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bar_wait(uint64_t* b, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nL: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D;\nbra L;\nD:\n}" ::"r"(
-            smem(b)),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void bulk(void* to, const void* from, uint32_t bytes, uint64_t* b) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem(to)),
-        "l"(from), "r"(bytes), "r"(smem(b))
-        : "memory");
-}
 // In copies of `piece` bytes.
 __global__ void __launch_bounds__(32, 1) loads(const uint8_t* data, uint32_t piece, int steps, int pattern) {
     extern __shared__ __align__(1024) uint8_t ring[];
@@ -92,24 +60,8 @@ __global__ void __launch_bounds__(256, 1) loads_async(const uint8_t* data, int s
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-template <typename F>
-float median_us(F f, cudaStream_t st = 0) {
-    cudaEvent_t s, e;
-    cudaEventCreate(&s);
-    cudaEventCreate(&e);
-    std::vector<float> t;
-    for (int i = 0; i < 23; i++) {
-        cudaEventRecord(s, st);
-        f();
-        cudaEventRecord(e, st);
-        cudaEventSynchronize(e);
-        float ms;
-        cudaEventElapsedTime(&ms, s, e);
-        if (i > 2) t.push_back(ms * 1e3f);
-    }
-    std::sort(t.begin(), t.end());
-    return t[t.size() / 2];
-}
+constexpr int REPEATS = 20;
+
 int main() {
     uint8_t* data;
     CHECK(cudaMalloc(&data, 64 << 20));
@@ -121,7 +73,8 @@ int main() {
             for (uint32_t piece : {512u, 1024u, 2048u, 4096u, 16384u}) {
                 if (pattern == 1 && piece > 1024) continue;
                 const int steps = 256;
-                float us = median_us([&] { loads<<<blocks, 32, 196608>>>(data, piece, steps, pattern); });
+                const double us =
+                    median_us([&] { loads<<<blocks, 32, 196608>>>(data, piece, steps, pattern); }, REPEATS);
                 CHECK(cudaDeviceSynchronize());
                 printf("loads %d blocks, %s, pieces of %u: %.2f us a stage, %.0f GB/s\n", blocks,
                        pattern == 0   ? "own data"
@@ -129,7 +82,7 @@ int main() {
                                       : "blocks",
                        piece, us / steps, blocks * steps * 32768.0 / us / 1e3);
             }
-            float us = median_us([&] { loads_async<<<blocks, 256, 196608>>>(data, 256, pattern); });
+            const double us = median_us([&] { loads_async<<<blocks, 256, 196608>>>(data, 256, pattern); }, REPEATS);
             printf("loads %d blocks, cp.async pattern %d: %.2f us a stage, %.0f GB/s\n", blocks, pattern, us / 256,
                    blocks * 256 * 32768.0 / us / 1e3);
         }

@@ -6,20 +6,9 @@
 // A phase of work 1 or 2 reads a row of 768 numbers in every block, sums it once or twice, and writes its part of the
 // next row; of work 0 does nothing.
 
-#include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
 
-#define CHECK(call)                                                             \
-    do {                                                                        \
-        cudaError_t error = (call);                                             \
-        if (error != cudaSuccess) {                                             \
-            std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error)); \
-            std::exit(1);                                                       \
-        }                                                                       \
-    } while (0)
+#include "measure.cuh"
 
 constexpr int T = 256;
 __device__ __forceinline__ float4 fresh(const float* p) {
@@ -88,24 +77,8 @@ __global__ void __launch_bounds__(T)
         __syncthreads();
     }
 }
-template <typename F>
-float median_us(F f, cudaStream_t st = 0) {
-    cudaEvent_t s, e;
-    cudaEventCreate(&s);
-    cudaEventCreate(&e);
-    std::vector<float> t;
-    for (int i = 0; i < 23; i++) {
-        cudaEventRecord(s, st);
-        f();
-        cudaEventRecord(e, st);
-        cudaEventSynchronize(e);
-        float ms;
-        cudaEventElapsedTime(&ms, s, e);
-        if (i > 2) t.push_back(ms * 1e3f);
-    }
-    std::sort(t.begin(), t.end());
-    return t[t.size() / 2];
-}
+constexpr int REPEATS = 20;
+
 int main() {
     float *a, *b;
     uint32_t *counter, *flags;
@@ -140,24 +113,24 @@ int main() {
                 }
                 CHECK(cudaStreamEndCapture(st, &g));
                 CHECK(cudaGraphInstantiate(&x, g, 0));
-                float us = median_us([&] { cudaGraphLaunch(x, st); }, st);
+                const double us = median_us([&] { cudaGraphLaunch(x, st); }, REPEATS, st);
                 printf("chain grid %d work %d %s: %.2f us a phase\n", grid, work, pdl ? "pdl" : "plain", us / phases);
             }
             uint32_t base = 0, fbase = 0;
             CHECK(cudaMemset(counter, 0, 4));
             CHECK(cudaMemset(flags, 0, 4096));
-            float u0 = median_us(
+            const double u0 = median_us(
                 [&] {
                     persistent<0><<<grid, T, 0, st>>>(a, b, 768, work, phases, counter, flags, base);
                     base += phases * grid;
                 },
-                st);
-            float u1 = median_us(
+                REPEATS, st);
+            const double u1 = median_us(
                 [&] {
                     persistent<1><<<grid, T, 0, st>>>(a, b, 768, work, phases, counter, flags, fbase);
                     fbase += phases;
                 },
-                st);
+                REPEATS, st);
             CHECK(cudaDeviceSynchronize());
             printf("persistent grid %d work %d: counter %.2f us, flags %.2f us a phase\n", grid, work, u0 / phases,
                    u1 / phases);

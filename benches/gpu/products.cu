@@ -5,21 +5,10 @@
 // Sums are formed as kiln's kernels form them: K in eight segments, each from zero, then added in order. Tiles of
 // 128 x 128 outputs by 64 inputs come by bulk copies of 1 KB; clusters of blocks share them.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <vector>
 
-#define CHECK(call)                                                             \
-    do {                                                                        \
-        cudaError_t error = (call);                                             \
-        if (error != cudaSuccess) {                                             \
-            std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error)); \
-            std::exit(1);                                                       \
-        }                                                                       \
-    } while (0)
+#include "async.cuh"
+#include "measure.cuh"
 
 typedef uint16_t half;
 __device__ __forceinline__ half f2h(float x) {
@@ -66,28 +55,8 @@ __global__ void pack(const half* w, half* p, int N, int K, int swizzled) {
     p[at] = w[i];
 }
 
-__device__ __forceinline__ uint32_t smem(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void bar_init(uint64_t* b, uint32_t n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem(b)), "r"(n));
-}
-__device__ __forceinline__ void bar_expect(uint64_t* b, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem(b)), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void bar_arrive(uint64_t* b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem(b)) : "memory");
-}
-__device__ __forceinline__ void bar_wait(uint64_t* b, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nL: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D;\nbra L;\nD:\n}" ::"r"(
-            smem(b)),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void bulk(void* to, const void* from, uint32_t bytes, uint64_t* b) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem(to)),
-        "l"(from), "r"(bytes), "r"(smem(b))
-        : "memory");
 }
 
 template <int SWIZZLE>
@@ -170,6 +139,9 @@ __device__ __forceinline__ void gemm_body(const half* __restrict__ a, const half
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (tid < 32) {
+            uint16_t row_mask = 0, column_mask = 0;
+            for (int j = 0; j < CN; j++) row_mask |= 1 << (ci + j * CM);
+            for (int j = 0; j < CM; j++) column_mask |= 1 << (j + cj * CM);
             for (int s = 0; s < steps; s++) {
                 const int st = s % STAGES;
                 const uint32_t round = s / STAGES;
@@ -180,31 +152,22 @@ __device__ __forceinline__ void gemm_body(const half* __restrict__ a, const half
                 }
                 if (tid == 0) bar_expect(&full[st], A_BYTES + B_BYTES);
                 __syncwarp();
-                // a's 16 row groups are shared by the CN blocks of a row, p's by the CM blocks of a column
+                // Lanes 0 .. 15 copy strips of a, which the CN blocks of a row share; the others those of p, which the
+                // CM blocks of a column do. A block copies its part for all of them.
                 const int i = tid % 16;
-                if (tid < 16) {
-                    if (i / (16 / CN) == cj) {
-                        uint8_t* to = as + st * A_BYTES + i * (BK * 16);
-                        const half* from = a + (size_t(row0 / 8 + i) * (K / 8) + s * (BK / 8)) * 64;
-                        uint16_t mask = 0;
-                        for (int j = 0; j < CN; j++) mask |= 1 << (ci + j * CM);
-                        if (CN == 1)
-                            bulk(to, from, BK * 16, &full[st]);
-                        else
-                            bulk_multi(to, from, BK * 16, &full[st], mask);
-                    }
-                } else {
-                    if (i / (16 / CM) == ci) {
-                        uint8_t* to = bs + st * B_BYTES + i * (BK * 16);
-                        const half* from = p + (size_t(n0 / 8 + i) * (K / 8) + s * (BK / 8)) * 64;
-                        uint16_t mask = 0;
-                        for (int j = 0; j < CM; j++) mask |= 1 << (j + cj * CM);
-                        if (CM == 1)
-                            bulk(to, from, BK * 16, &full[st]);
-                        else
-                            bulk_multi(to, from, BK * 16, &full[st], mask);
-                    }
-                }
+                const auto copy_strip = [&](uint8_t* stage, const half* strips, int sharers, int own, uint16_t mask) {
+                    if (i / (16 / sharers) != own) return;
+                    uint8_t* to = stage + i * (BK * 16);
+                    const half* from = strips + (size_t(i) * (K / 8) + s * (BK / 8)) * 64;
+                    if (sharers == 1)
+                        bulk(to, from, BK * 16, &full[st]);
+                    else
+                        bulk_multi(to, from, BK * 16, &full[st], mask);
+                };
+                if (tid < 16)
+                    copy_strip(as + st * A_BYTES, a + size_t(row0) * K, CN, cj, row_mask);
+                else
+                    copy_strip(bs + st * B_BYTES, p + size_t(n0) * K, CM, ci, column_mask);
             }
         }
     } else {
@@ -290,24 +253,8 @@ __global__ void fill(half* x, size_t n, uint32_t seed, float scale) {
               float(z >> 40 & 0xffffff) / 0x1000000 - 1.5f;
     x[i] = f2h(u * scale);
 }
-template <typename F>
-float median_us(F f) {
-    cudaEvent_t s, e;
-    cudaEventCreate(&s);
-    cudaEventCreate(&e);
-    std::vector<float> t;
-    for (int i = 0; i < 13; i++) {
-        cudaEventRecord(s);
-        f();
-        cudaEventRecord(e);
-        cudaEventSynchronize(e);
-        float ms;
-        cudaEventElapsedTime(&ms, s, e);
-        if (i > 2) t.push_back(ms * 1e3f);
-    }
-    std::sort(t.begin(), t.end());
-    return t[t.size() / 2];
-}
+constexpr int REPEATS = 10;
+
 int main() {
     const int shapes[][3] = {{2048, 6144, 2048}, {2048, 8192, 2048}, {2048, 2048, 8192}, {2048, 2048, 2048},
                              {2048, 768, 3072},  {2048, 3072, 768},  {512, 8192, 2048}};
@@ -350,8 +297,10 @@ int main() {
             CHECK(cudaDeviceSynchronize());
             CHECK(cudaMemcpy(h2.data(), o2, h2.size() * 4, cudaMemcpyDeviceToHost));
             const size_t differ = differ_from_first();
-            float us = median_us([&] { kernel<<<dim3(M / BM, N / BN), 384, sm>>>(q[z], p[z], o2, M, N, K, seg); });
-            float us1 = median_us([&] { kernel<<<dim3(M / BM, N / BN), 384, sm>>>(q[z], p[z], o2, M, N, K, K); });
+            const double us =
+                median_us([&] { kernel<<<dim3(M / BM, N / BN), 384, sm>>>(q[z], p[z], o2, M, N, K, seg); }, REPEATS);
+            const double us1 =
+                median_us([&] { kernel<<<dim3(M / BM, N / BN), 384, sm>>>(q[z], p[z], o2, M, N, K, K); }, REPEATS);
             printf("%dx%dx%d %s: %zu differ; %.1f us %.0f TFLOP/s; one segment %.0f\n", M, N, K, name, differ, us,
                    2.0 * M * N * K / us / 1e6, 2.0 * M * N * K / us1 / 1e6);
         };

@@ -6,20 +6,9 @@
 // flight; the best of some grid sizes. copy: cudaMemcpy from device to device, bytes read and bytes
 // written together.
 
-#include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
 
-#define CHECK(call)                                                            \
-    do {                                                                       \
-        cudaError_t error = (call);                                            \
-        if (error != cudaSuccess) {                                            \
-            std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error)); \
-            std::exit(1);                                                      \
-        }                                                                      \
-    } while (0)
+#include "../../benches/gpu/measure.cuh"
 
 constexpr size_t BYTES = size_t(4) << 30;
 constexpr int THREADS = 512, UNROLL = 8, REPEATS = 9;
@@ -39,24 +28,6 @@ __global__ void __launch_bounds__(THREADS) read_all(const uint4* __restrict__ da
     if (sum == 0x9e3779b9u) *sink = sum;
 }
 
-template <class Work> double median_seconds(Work work) {
-    cudaEvent_t start, end;
-    CHECK(cudaEventCreate(&start));
-    CHECK(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int repeat = -2; repeat < REPEATS; ++repeat) {
-        CHECK(cudaEventRecord(start));
-        work();
-        CHECK(cudaEventRecord(end));
-        CHECK(cudaEventSynchronize(end));
-        float ms;
-        CHECK(cudaEventElapsedTime(&ms, start, end));
-        if (repeat >= 0) times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2] / 1e3;
-}
-
 int main() {
     int processors;
     CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
@@ -69,10 +40,11 @@ int main() {
 
     double read = 0;
     for (int blocks : {2, 4, 8, 16}) {
-        double seconds = median_seconds([&] { read_all<<<processors * blocks, THREADS>>>(data, BYTES / sizeof *data, sink); });
+        double us = median_us([&] { read_all<<<processors * blocks, THREADS>>>(data, BYTES / sizeof *data, sink); }, REPEATS);
         CHECK(cudaGetLastError());
-        read = std::max(read, BYTES / seconds / 1e9);
+        read = std::max(read, BYTES / us / 1e3);
     }
-    double copy = 2 * BYTES / median_seconds([&] { CHECK(cudaMemcpyAsync(other, data, BYTES, cudaMemcpyDeviceToDevice)); }) / 1e9;
+    double us = median_us([&] { CHECK(cudaMemcpyAsync(other, data, BYTES, cudaMemcpyDeviceToDevice)); }, REPEATS);
+    double copy = 2 * BYTES / us / 1e3;
     std::printf("{\"read\":%.1f,\"copy\":%.1f}\n", read, copy);
 }
