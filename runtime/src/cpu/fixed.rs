@@ -1,8 +1,9 @@
 //! Rows as integers of 16 or 8 bits, for products with integer weights.
 //!
-//! A row is cut into runs, and each rounded to multiples of its greatest magnitude over 32767 or 127.
+//! A row is cut into runs, and each rounded to multiples of its greatest magnitude over 32639 or 127. (32639 is 127 times 256 and 127: its halves are
+//! integers of 8 bits.)
 //! Products with weights of 8 bits or less are then made two or four at a time in 32 bits, exactly and so
-//! in any order, and weights need not become `f32`. The error is at most 2^-16 or 2^-8 of the run's
+//! in any order, and weights need not become `f32`. The error is at most 2^-16 or 2^-8, nearly, of the run's
 //! greatest magnitude (runs of magnitudes below 1e-30 are zero): with 16 bits, for most values less than
 //! that of `f16`.
 
@@ -26,7 +27,7 @@ pub(super) trait Integer: bytemuck::Pod {
 }
 
 impl Integer for i16 {
-    const LARGEST: f32 = 32767.0;
+    const LARGEST: f32 = 127.0 * 256.0 + 127.0;
 
     #[inline(always)]
     unsafe fn store<S: Simd>(simd: S, p: *mut i16, v: S::V) {

@@ -17,7 +17,7 @@ use super::rows::SharedRows;
 use super::scratch::Shards;
 use super::simd::{Bytes, Codes, Isa, Kernel, LANES, Nibbles, Simd};
 use super::storage::{IntPanels, PackedMatrix, Panels, Storage};
-use super::tile::{Bf16Pairs, Pairs, Quads, Singles, Tiles, Together};
+use super::tile::{Bf16Pairs, Halves, Pairs, Quads, Singles, Tiles, Together};
 use super::{Cpu, Norm, Rows, RowsMut};
 use kiln_bundle::packing::{PANEL, panels};
 use kiln_bundle::{Activations, IntFormat};
@@ -129,8 +129,8 @@ impl<'a> Linear<'a> {
 const CHUNK_ROWS: usize = 96;
 /// Up to this many rows a chunk is not cut for the sake of more threads: W would be read more than once.
 const STREAMED_ROWS: usize = 32;
-/// Values of x below which the caller prepares them alone.
-const PREPARE_ALONE: usize = 16 * 1024;
+/// Values of x up to which every thread prepares them for itself: it need not wait for another.
+const PREPARED_BY_EACH: usize = 16 * 1024;
 
 /// Computes `op` for the rows of `x`, (T, K), into `out`, (T, N).
 pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>) {
@@ -183,6 +183,9 @@ fn multiply_integers<C: Codes>(
         Some(Activations::Int8) => {
             multiply(cpu, op, Integers::<C, Quads>::new(panels, k), x, out);
         }
+        _ if cpu.isa.multiplies_quads() => {
+            multiply(cpu, op, Integers::<C, Halves>::new(panels, k), x, out);
+        }
         _ => multiply(cpu, op, Integers::<C, Pairs>::new(panels, k), x, out),
     }
 }
@@ -209,20 +212,24 @@ fn multiply<M: Matrix>(
     let stats = &mut cpu.scratch.stats;
     prepare.residual_stats(stats, out);
     let as_they_are = M::AS_THEY_ARE && k.is_multiple_of(M::STEP_INPUTS);
-    let (rows, row_runs): (&[f32], &[f32]) = if t == 1 && op.norm.is_none() && as_they_are {
-        (prepare.input(0), &[])
+    let rows_len = t * (values + 2 * runs) + tiles.count * k;
+    // Rows that all threads share, and the room in which each prepares its own otherwise.
+    let (shared, own_len): (Option<&[f32]>, usize) = if t == 1 && op.norm.is_none() && as_they_are {
+        (Some(prepare.input(0)), 0)
+    } else if t * k > PREPARED_BY_EACH {
+        let rows = cpu.scratch.rows.reserve(rows_len);
+        prepare.rows(rows, |tiles, prepare| {
+            pool.parallel_for(tiles, |_, tile| prepare(tile))
+        });
+        (Some(rows), 0)
     } else {
-        let rows = cpu
-            .scratch
-            .rows
-            .reserve(t * (values + 2 * runs) + tiles.count * k);
-        prepare.rows(rows, pool);
-        rows.split_at(t * values)
+        (None, rows_len)
     };
 
+    let sums_len = CHUNK_ROWS.next_multiple_of(tiles.tallest()) * PANEL;
     let threads = &mut cpu.scratch.threads;
     for buffer in threads.iter_mut() {
-        buffer.reserve(CHUNK_ROWS.next_multiple_of(tiles.tallest()) * PANEL);
+        buffer.reserve(sums_len + own_len);
     }
     let threads = Shards::new(threads);
     let product = Product {
@@ -230,8 +237,6 @@ fn multiply<M: Matrix>(
         weight,
         values,
         runs,
-        rows,
-        row_runs,
         tiles,
         op,
         stats,
@@ -239,16 +244,28 @@ fn multiply<M: Matrix>(
     };
     let panels = panels(op.weight.n());
     let chunks = chunks(&tiles, panels, pool.threads());
-    let multiply = |thread: usize, task: usize| {
-        isa.run(MultiplyPanel {
-            product: &product,
-            panel: task % panels,
-            tiles: partition(tiles.count, chunks, task / panels),
-            // SAFETY: a thread uses the buffer of its own number.
-            sums: unsafe { threads.get(thread) }.reserve(0),
+    let (product, prepare) = (&product, &prepare);
+    pool.parallel_ranges(chunks * panels, |thread| {
+        // SAFETY: a thread uses the buffer of its own number.
+        let buffer = unsafe { threads.get(thread) }.reserve(0);
+        let (sums, own) = buffer.split_at_mut(sums_len);
+        let rows = shared.unwrap_or_else(|| {
+            prepare.rows(own, |tiles, prepare| (0..tiles).for_each(prepare));
+            own
         });
-    };
-    pool.parallel_for(chunks * panels, multiply);
+        let (rows, row_runs) = rows.split_at((t * values).min(rows.len()));
+        move |tasks| {
+            isa.run(MultiplyPanels {
+                product,
+                rows,
+                row_runs,
+                panels,
+                chunks,
+                tasks,
+                sums: &mut *sums,
+            });
+        }
+    });
 }
 
 /// Rows of the tallest tile.
@@ -306,14 +323,15 @@ impl<'a, M: Matrix> Prepare<'a, M> {
 
     /// Writes the input rows, normalised, in the form that suits the matrix: the values of each tile,
     /// behind them the runs of each. Behind these there is room for a row of each tile.
-    fn rows(&self, rows: &mut [f32], pool: &super::ThreadPool) {
+    /// `each` calls a function with each of so many tiles.
+    fn rows(&self, rows: &mut [f32], each: impl FnOnce(usize, &(dyn Fn(usize) + Sync))) {
         let (t, k) = (self.tiles.rows, self.x.cols());
         let (values, runs) = (self.weight.values(k), 2 * self.weight.runs(k));
         let (rows, rest) = rows.split_at_mut(t * values);
         let (row_runs, spare) = rest.split_at_mut(t * runs);
         let (rows, row_runs, spare) =
             (Shards::new(rows), Shards::new(row_runs), Shards::new(spare));
-        let prepare = |_: usize, tile: usize| {
+        let prepare = |tile: usize| {
             let range = self.tiles.range(tile);
             for (r, t) in range.clone().enumerate() {
                 let mut row = self.input(t);
@@ -344,11 +362,7 @@ impl<'a, M: Matrix> Prepare<'a, M> {
                 });
             }
         };
-        if t * k <= PREPARE_ALONE {
-            (0..self.tiles.count).for_each(|tile| prepare(0, tile));
-        } else {
-            pool.parallel_for(self.tiles.count, prepare);
-        }
+        each(self.tiles.count, &prepare);
     }
 }
 
@@ -375,10 +389,6 @@ struct Product<'a, M> {
     /// Values and runs of a prepared row.
     values: usize,
     runs: usize,
-    /// Prepared rows, tile by tile: (values / LINE, rows of the tile, LINE) each.
-    rows: &'a [f32],
-    /// Their runs, tile by tile: (runs, rows of the tile, 2) each.
-    row_runs: &'a [f32],
     tiles: Tiles,
     op: &'a Linear<'a>,
     /// Of the residual rows, where they are normalised.
@@ -387,16 +397,6 @@ struct Product<'a, M> {
 }
 
 impl<M: Matrix> Product<'_, M> {
-    /// Where value `first`, which begins a line, of the rows `range` lies.
-    fn rows(&self, range: &Range<usize>, first: usize) -> *const f32 {
-        self.rows[range.start * self.values + first * range.len()..].as_ptr()
-    }
-
-    /// Where run `first` of the rows `range` lies.
-    fn row_runs(&self, range: &Range<usize>, first: usize) -> *const f32 {
-        self.row_runs[2 * (range.start * self.runs + first * range.len())..].as_ptr()
-    }
-
     /// Asks for what finishing `rows` of VECTORS vectors from `col` on will touch: outputs, which are written to, and
     /// rows that are added.
     #[inline(always)]
@@ -481,21 +481,27 @@ fn gelu_new<S: Simd>(simd: S, x: S::V) -> S::V {
     simd.div(x, simd.add(simd.splat(1.0), e))
 }
 
-/// A panel against the tiles of a chunk, block by block.
-struct MultiplyPanel<'a, M> {
+/// Panels, each against the tiles of a chunk, block by block.
+struct MultiplyPanels<'a, M> {
     product: &'a Product<'a, M>,
-    panel: usize,
-    tiles: Range<usize>,
-    /// Room for a panel's outputs of the chunk.
+    /// Prepared rows, tile by tile: (values / LINE, rows of the tile, LINE) each.
+    rows: &'a [f32],
+    /// Their runs, tile by tile: (runs, rows of the tile, 2) each.
+    row_runs: &'a [f32],
+    panels: usize,
+    chunks: usize,
+    /// Of (chunks, panels).
+    tasks: Range<usize>,
+    /// Room for a panel's outputs of a chunk.
     sums: &'a mut [f32],
 }
 
-impl<M: Matrix> Kernel for MultiplyPanel<'_, M> {
+impl<M: Matrix> Kernel for MultiplyPanels<'_, M> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let few = self.product.tiles.rows <= S::DIRECT_ROWS;
+        let few = self.product.tiles.rows <= M::direct_rows::<S>();
         if few || S::TILE_VECTORS * LANES == PANEL {
             self.multiply::<S, { PANEL / LANES }>(simd, few);
         } else {
@@ -504,21 +510,40 @@ impl<M: Matrix> Kernel for MultiplyPanel<'_, M> {
     }
 }
 
-impl<M: Matrix> MultiplyPanel<'_, M> {
+impl<M: Matrix> MultiplyPanels<'_, M> {
+    /// Where value `first`, which begins a line, of the rows `range` lies.
+    fn rows(&self, range: &Range<usize>, first: usize) -> *const f32 {
+        self.rows[range.start * self.product.values + first * range.len()..].as_ptr()
+    }
+
+    /// Where run `first` of the rows `range` lies.
+    fn row_runs(&self, range: &Range<usize>, first: usize) -> *const f32 {
+        self.row_runs[2 * (range.start * self.product.runs + first * range.len())..].as_ptr()
+    }
+
     /// Multiplies with tiles of VECTORS vectors, and so in as many slices as make up a panel. With
     /// `once`, the weights are used once, and blocks are of no use.
     #[inline(always)]
-    fn multiply<S: Simd, const VECTORS: usize>(self, simd: S, once: bool) {
-        let MultiplyPanel {
-            product,
-            panel,
-            tiles,
-            sums,
-        } = self;
+    fn multiply<S: Simd, const VECTORS: usize>(mut self, simd: S, once: bool) {
+        for task in self.tasks.clone() {
+            let tiles = partition(self.product.tiles.count, self.chunks, task / self.panels);
+            self.multiply_panel::<S, VECTORS>(simd, task % self.panels, tiles, once);
+        }
+    }
+
+    #[inline(always)]
+    fn multiply_panel<S: Simd, const VECTORS: usize>(
+        &mut self,
+        simd: S,
+        panel: usize,
+        tiles: Range<usize>,
+        once: bool,
+    ) {
+        let product = self.product;
         let (k, cut, weight) = (product.k, product.tiles, product.weight);
         let first_row = cut.range(tiles.start).start;
         let rows = cut.range(tiles.end - 1).end - first_row;
-        assert!(sums.len() >= rows * PANEL);
+        assert!(self.sums.len() >= rows * PANEL);
         let block_k = if once { k } else { weight.block_inputs() };
         let slices = PANEL / (VECTORS * LANES);
         let calls = slices * tiles.len();
@@ -535,7 +560,7 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
             for slice in 0..slices {
                 let column = slice * VECTORS * LANES;
                 for range in tiles.clone().map(|tile| cut.range(tile)) {
-                    let c = sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
+                    let c = self.sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
                     let ahead = match once {
                         true => Ahead::Behind(M::prefetch_bytes(range.len())),
                         false => Ahead::At(next.address().wrapping_add(call * call_bytes), share),
@@ -546,8 +571,8 @@ impl<M: Matrix> MultiplyPanel<'_, M> {
                         inputs: inputs.clone(),
                         column,
                         rows: range.len(),
-                        x: product.rows(&range, first_value),
-                        runs: product.row_runs(&range, first_run),
+                        x: self.rows(&range, first_value),
+                        runs: self.row_runs(&range, first_run),
                         sums: c,
                         ahead,
                     };
@@ -655,7 +680,7 @@ mod tests {
             let x = self.input(op, t);
             let largest = x.iter().fold(0.0_f64, |a, x| a.max(x.abs()));
             let off = |x: f64| match (op.weight.data, op.activations) {
-                (Panels::Int(_), None) => largest / 65534.0,
+                (Panels::Int(_), None) => largest / 65278.0,
                 (Panels::Int(_), Some(_)) => largest / 254.0,
                 (Panels::Float(Storage::Bf16(_)), Some(_)) => x.abs() / 256.0,
                 (Panels::Float(_), _) => 0.0,

@@ -30,6 +30,11 @@ pub(super) trait Matrix: Copy + Sync {
     /// Rows of the tallest tile.
     fn tile_rows<S: Simd>() -> usize;
 
+    /// Rows up to which a tile is a whole panel across.
+    fn direct_rows<S: Simd>() -> usize {
+        S::DIRECT_ROWS
+    }
+
     /// Values that the first `k` inputs take in a prepared row, in whole lines; blocks and rows end there.
     fn values(&self, k: usize) -> usize;
 
@@ -241,9 +246,10 @@ impl<F: Factors> Matrix for Floats<'_, F> {
 pub(super) struct Integers<'a, C, R> {
     panels: IntPanels<'a>,
     k: usize,
-    /// Inputs of a group, and the bytes of one.
+    /// Inputs of a group, and the bytes of one and of a panel.
     group: usize,
     group_bytes: usize,
+    panel_bytes: usize,
     words: PhantomData<(C, R)>,
 }
 
@@ -256,6 +262,7 @@ impl<'a, C, R> Integers<'a, C, R> {
             k,
             group,
             group_bytes: panels.format.group_bytes(group),
+            panel_bytes: panels.format.panel_bytes(k),
             words: PhantomData,
         }
     }
@@ -264,7 +271,7 @@ impl<'a, C, R> Integers<'a, C, R> {
 impl<C: Codes, R: IntRows> Integers<'_, C, R> {
     /// Words of R that a run of inputs takes, so that they meet whole words of C.
     fn words(run: usize) -> usize {
-        run.next_multiple_of(C::INPUTS) / R::INPUTS
+        run.div_ceil(C::INPUTS) * R::words::<C>()
     }
 }
 
@@ -272,7 +279,11 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
     const STEP_INPUTS: usize = C::INPUTS;
 
     fn tile_rows<S: Simd>() -> usize {
-        S::INT_TILE_ROWS
+        S::INT_TILE_ROWS / R::PIECES
+    }
+
+    fn direct_rows<S: Simd>() -> usize {
+        S::DIRECT_ROWS / R::PIECES
     }
 
     fn values(&self, k: usize) -> usize {
@@ -300,14 +311,18 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
     }
 
     fn line_products() -> usize {
-        R::parts::<C>()
+        R::words::<C>()
     }
 
     #[inline(always)]
     fn block(&self, panel: usize, k: usize) -> Block {
-        let first = k / self.group * self.group;
-        let scales = self.panels.group(panel, first);
-        let codes = self.panels.format.header_bytes() + self.bytes(k - first);
+        let groups = k / self.group;
+        let start = match k >= self.k {
+            true => self.panel_bytes,
+            false => groups * self.group_bytes,
+        };
+        let scales = self.panels.bytes[panel * self.panel_bytes + start..].as_ptr();
+        let codes = self.panels.format.header_bytes() + self.bytes(k - groups * self.group);
         Block {
             scales,
             weights: scales.wrapping_add(codes),
@@ -328,8 +343,8 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
                 };
                 numbers.copy_from_slice(&[scale, second]);
             }
-            for integers in integers[..R::INPUTS * Self::words(run.len())].chunks(R::INPUTS * LINE)
-            {
+            let inputs = run.len().next_multiple_of(C::INPUTS);
+            for integers in integers[..inputs].chunks(LINE / R::words::<C>() * C::INPUTS) {
                 if let Some(line) = lines.next() {
                     in_turn::<C, R>(integers, bytemuck::cast_slice_mut(line));
                 }
@@ -373,13 +388,16 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
 
 /// Integers of a row in the order in which parts of words of C meet them.
 #[inline(always)]
-fn in_turn<C: Codes, R: IntRows>(integers: &[R::Integer], words: &mut [R::Integer]) {
-    let parts = R::parts::<C>();
+fn in_turn<C: Codes, R: IntRows>(integers: &[R::Integer], words: &mut [R::Piece]) {
+    let parts = C::INPUTS / R::INPUTS;
     let inputs = integers.chunks_exact(C::INPUTS);
-    for (inputs, words) in inputs.zip(words.chunks_exact_mut(C::INPUTS)) {
+    for (inputs, words) in inputs.zip(words.chunks_exact_mut(C::INPUTS * R::PIECES)) {
         for p in 0..parts {
-            for i in 0..R::INPUTS {
-                words[p * R::INPUTS + i] = inputs[i * parts + p];
+            for piece in 0..R::PIECES {
+                for i in 0..R::INPUTS {
+                    words[(p * R::PIECES + piece) * R::INPUTS + i] =
+                        R::piece(inputs[i * parts + p], piece);
+                }
             }
         }
     }

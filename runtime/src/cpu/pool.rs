@@ -134,14 +134,27 @@ impl ThreadPool {
         }
     }
 
-    /// Calls `f(thread, task)` for each task in `0..tasks`. Every thread has a part of them, of neighbours,
-    /// which it takes in ascending order before it helps others with theirs: what neighbouring tasks
-    /// share, and what earlier jobs of as many tasks wrote, is in its own cache most of the time. Who
-    /// helps takes the last task of a part, so that what its thread streams from memory goes on.
+    /// Calls `f(thread, task)` for each task in `0..tasks`, as [`ThreadPool::parallel_ranges`] hands them out.
     pub fn parallel_for(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
+        let f = &f;
+        self.parallel_ranges(tasks, |thread| {
+            move |tasks: Range<usize>| tasks.for_each(|task| f(thread, task))
+        });
+    }
+
+    /// Hands out ranges that make up `0..tasks` to what `f(thread)` gives, which a thread calls before its first
+    /// range. Every thread has a part of the tasks, of neighbours, which it takes in ascending order before it helps others with theirs: what neighbouring tasks
+    /// share, and what earlier jobs of as many tasks wrote, is in its own cache most of the time. A range is a
+    /// quarter of what a part has left, so that threads meet rarely and end together. Who helps takes the last
+    /// tasks of a part, so that what its thread streams from memory goes on.
+    pub fn parallel_ranges<W: FnMut(Range<usize>)>(
+        &self,
+        tasks: usize,
+        f: impl Fn(usize) -> W + Sync,
+    ) {
         let alone = tasks <= 1 || self.workers.is_empty() || u32::try_from(tasks).is_err();
         if alone || self.busy.swap(true, Ordering::Acquire) {
-            (0..tasks).for_each(|task| f(0, task));
+            f(0)(0..tasks);
             return;
         }
         let threads = self.threads();
@@ -150,12 +163,14 @@ impl ThreadPool {
             left.0.set(partition(tasks, threads, part));
         }
         self.run_alone(|thread| {
-            while let Some(task) = left[thread].0.take_first() {
-                f(thread, task);
+            let mut work = None;
+            let mut work = |tasks| work.get_or_insert_with(|| f(thread))(tasks);
+            while let Some(tasks) = left[thread].0.take_first() {
+                work(tasks);
             }
             for part in (thread + 1..threads).chain(0..thread) {
-                while let Some(task) = left[part].0.take_last() {
-                    f(thread, task);
+                while let Some(tasks) = left[part].0.take_last() {
+                    work(tasks);
                 }
             }
         });
@@ -219,39 +234,50 @@ struct Tasks(AtomicU64);
 
 impl Tasks {
     fn set(&self, tasks: Range<usize>) {
-        self.0
-            .store(Tasks::pack(tasks.start, tasks.end), Ordering::Relaxed);
+        self.0.store(Tasks::pack(tasks), Ordering::Relaxed);
     }
 
-    fn take_first(&self) -> Option<usize> {
-        self.take(|start, end| (start, Tasks::pack(start + 1, end)))
+    /// The first quarter.
+    fn take_first(&self) -> Option<Range<usize>> {
+        self.take(|tasks, quarter| {
+            let cut = tasks.start + quarter;
+            (tasks.start..cut, cut..tasks.end)
+        })
     }
 
-    fn take_last(&self) -> Option<usize> {
-        self.take(|start, end| (end - 1, Tasks::pack(start, end - 1)))
+    /// The last quarter.
+    fn take_last(&self) -> Option<Range<usize>> {
+        self.take(|tasks, quarter| {
+            let cut = tasks.end - quarter;
+            (cut..tasks.end, tasks.start..cut)
+        })
     }
 
-    /// `choose` gives a task of a range that has some, and what is left without it.
-    fn take(&self, choose: impl Fn(usize, usize) -> (usize, u64)) -> Option<usize> {
+    /// `choose` cuts a range that has tasks, given a quarter of their number, into those to take and those to leave.
+    fn take(
+        &self,
+        choose: impl Fn(Range<usize>, usize) -> (Range<usize>, Range<usize>),
+    ) -> Option<Range<usize>> {
         let mut seen = self.0.load(Ordering::Relaxed);
         loop {
             let (start, end) = ((seen >> 32) as usize, (seen as u32) as usize);
             if start >= end {
                 return None;
             }
-            let (task, left) = choose(start, end);
-            let taken =
+            let (taken, left) = choose(start..end, (end - start).div_ceil(4));
+            let left = Tasks::pack(left);
+            let exchanged =
                 self.0
                     .compare_exchange_weak(seen, left, Ordering::Relaxed, Ordering::Relaxed);
-            match taken {
-                Ok(_) => return Some(task),
+            match exchanged {
+                Ok(_) => return Some(taken),
                 Err(now) => seen = now,
             }
         }
     }
 
-    fn pack(start: usize, end: usize) -> u64 {
-        (start as u64) << 32 | end as u64
+    fn pack(tasks: Range<usize>) -> u64 {
+        (tasks.start as u64) << 32 | tasks.end as u64
     }
 }
 
@@ -476,10 +502,17 @@ mod tests {
         let pool = ThreadPool::new(3).unwrap();
         for tasks in [0, 1, 2, 100] {
             let calls: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            pool.parallel_for(tasks, |_, task| {
-                calls[task].fetch_add(1, Ordering::Relaxed);
+            let begun = AtomicUsize::new(0);
+            pool.parallel_ranges(tasks, |_| {
+                begun.fetch_add(1, Ordering::Relaxed);
+                |tasks: Range<usize>| {
+                    for task in tasks {
+                        calls[task].fetch_add(1, Ordering::Relaxed);
+                    }
+                }
             });
             assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            assert!(begun.into_inner() <= pool.threads());
         }
     }
 

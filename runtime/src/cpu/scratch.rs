@@ -28,13 +28,14 @@ impl Buffer {
 
 /// Scratch of a [`super::Cpu`].
 pub(super) struct Scratch {
-    /// Input rows of a linear layer as its tiles read them, with their runs, and room for a row of each.
+    /// Input rows of a linear layer as its tiles read them, with their runs, and room for a row of each, where
+    /// threads share them.
     pub(super) rows: Buffer,
     /// Mean and deviation of each residual row.
     pub(super) stats: Vec<Stats>,
     /// The sequences that attention works on, in the order it takes them.
     pub(super) work: Vec<Work>,
-    /// One buffer a thread.
+    /// One buffer a thread: sums, and such rows where it prepares them for itself.
     pub(super) threads: Vec<Buffer>,
 }
 

@@ -200,22 +200,12 @@ fn check_length(shape: &[usize], found: usize, n: usize, k: usize) -> Result<(),
 /// Panels of integers, of the packed size.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct IntPanels<'a> {
-    bytes: &'a [u8],
+    pub(super) bytes: &'a [u8],
     pub(super) format: IntFormat,
     k: usize,
 }
 
 impl<'a> IntPanels<'a> {
-    /// Where the group of `panel` that begins with input `k` lies; behind the panel, for its end.
-    pub(super) fn group(&self, panel: usize, k: usize) -> *const u8 {
-        let group = self.format.group(self.k);
-        let start = match k >= self.k {
-            true => self.format.panel_bytes(self.k),
-            false => k / group * self.format.group_bytes(group),
-        };
-        self.bytes[panel * self.format.panel_bytes(self.k) + start..].as_ptr()
-    }
-
     /// Row `n`, (K).
     pub(super) fn row(&self, n: usize, out: &mut [f32]) {
         let (format, lane) = (self.format, n % PANEL);

@@ -2,6 +2,7 @@
 
 use super::fixed::{Integer, RUN};
 use super::simd::{Codes, Dots, Element, Kernel, LANES, Simd};
+use bytemuck::Pod;
 use half::bf16;
 use kiln_bundle::packing::PANEL;
 use std::marker::PhantomData;
@@ -9,7 +10,7 @@ use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Repeats the body for each constant below the limit: ROWS, at most 12, VECTORS, at most 4, WORDS of a step, at
-/// most 2, or the PARTS of a word, at most 4. A loop would do the same if the compiler could be relied on to unroll it
+/// most 2, the PARTS of a word, at most 4, or the PIECES of a number, at most 2. A loop would do the same if the compiler could be relied on to unroll it
 /// before it decides what lives in registers.
 macro_rules! unrolled {
     ($i:ident in ROWS $body:block) => {
@@ -23,6 +24,9 @@ macro_rules! unrolled {
     };
     ($i:ident in PARTS $body:block) => {
         unrolled!($i in (C::INPUTS / I::INPUTS) $body 0 1 2 3)
+    };
+    ($i:ident in PIECES $body:block) => {
+        unrolled!($i in (I::PIECES) $body 0 1)
     };
     ($i:ident in ($limit:expr) $body:block $($value:literal)*) => {
         $(if const { $value < $limit } {
@@ -377,23 +381,40 @@ impl<F: Factors> Tile<F> {
 /// How rows of integers lie in words, to be multiplied with codes.
 pub(super) trait IntRows: Copy + Send + Sync {
     type Integer: Integer;
+    /// What lies in a word: an integer, or a piece of one.
+    type Piece: Pod;
+    /// Sums of products, one for each piece.
+    type Sums<S: Simd>: Copy;
 
+    /// Pieces of an integer, each in a word of its own.
+    const PIECES: usize = size_of::<Self::Integer>() / size_of::<Self::Piece>();
     /// Inputs of a word.
-    const INPUTS: usize = size_of::<u32>() / size_of::<Self::Integer>();
+    const INPUTS: usize = size_of::<u32>() / size_of::<Self::Piece>();
 
-    /// Inputs of a word of codes over those of a word of a row, at most 4.
-    fn parts<C: Codes>() -> usize {
-        C::INPUTS / Self::INPUTS
+    /// Words of a row that meet a word of codes: of each of its parts, at most 4, a word of each piece.
+    fn words<C: Codes>() -> usize {
+        C::INPUTS / Self::INPUTS * Self::PIECES
     }
+
+    /// Piece `i` of an integer.
+    fn piece(integer: Self::Integer, i: usize) -> Self::Piece;
 
     /// Part P of each word of codes.
     fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
 
-    /// To `sums` the products of a part and of a row's word.
-    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words;
-
     /// What a run's sums start from, given its second number.
-    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> S::Words;
+    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> Self::Sums<S>;
+
+    /// To `sums` the products of a part and of piece I, in a row's word.
+    fn add_products<S: Simd, const I: usize>(
+        simd: S,
+        sums: Self::Sums<S>,
+        part: S::Words,
+        x: S::Words,
+    ) -> Self::Sums<S>;
+
+    /// The sums of products of whole integers.
+    fn total<S: Simd>(simd: S, sums: Self::Sums<S>) -> S::Words;
 }
 
 /// Pairs of 16 bits.
@@ -402,6 +423,13 @@ pub(super) struct Pairs;
 
 impl IntRows for Pairs {
     type Integer = i16;
+    type Piece = i16;
+    type Sums<S: Simd> = S::Words;
+
+    #[inline(always)]
+    fn piece(integer: i16, _: usize) -> i16 {
+        integer
+    }
 
     #[inline(always)]
     fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
@@ -409,13 +437,23 @@ impl IntRows for Pairs {
     }
 
     #[inline(always)]
-    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
+    fn start<C: Codes, S: Simd>(simd: S, _: f32) -> S::Words {
+        simd.splat_word(0)
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd, const I: usize>(
+        simd: S,
+        sums: S::Words,
+        part: S::Words,
+        x: S::Words,
+    ) -> S::Words {
         simd.add_pair_products(sums, part, x)
     }
 
     #[inline(always)]
-    fn start<C: Codes, S: Simd>(simd: S, _: f32) -> S::Words {
-        simd.splat_word(0)
+    fn total<S: Simd>(_: S, sums: S::Words) -> S::Words {
+        sums
     }
 }
 
@@ -426,15 +464,17 @@ pub(super) struct Quads;
 
 impl IntRows for Quads {
     type Integer = i8;
+    type Piece = i8;
+    type Sums<S: Simd> = S::Words;
+
+    #[inline(always)]
+    fn piece(integer: i8, _: usize) -> i8 {
+        integer
+    }
 
     #[inline(always)]
     fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
         C::quad::<S, P>(simd, words)
-    }
-
-    #[inline(always)]
-    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
-        simd.add_quad_products(sums, part, x)
     }
 
     #[inline(always)]
@@ -443,6 +483,67 @@ impl IntRows for Quads {
             0 => simd.splat_word(0),
             _ => simd.splat_word(second.to_bits()),
         }
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd, const I: usize>(
+        simd: S,
+        sums: S::Words,
+        part: S::Words,
+        x: S::Words,
+    ) -> S::Words {
+        simd.add_quad_products(sums, part, x)
+    }
+
+    #[inline(always)]
+    fn total<S: Simd>(_: S, sums: S::Words) -> S::Words {
+        sums
+    }
+}
+
+/// Numbers of 16 bits as 256 times one of 8 bits and another, in quads of either: where products of bytes are an
+/// instruction, codes need not become 16 bits.
+#[derive(Clone, Copy)]
+pub(super) struct Halves;
+
+impl IntRows for Halves {
+    type Integer = i16;
+    type Piece = i8;
+    type Sums<S: Simd> = [S::Words; 2];
+
+    #[inline(always)]
+    fn piece(integer: i16, i: usize) -> i8 {
+        match i {
+            // The byte that is left has a sign.
+            0 => (integer.wrapping_add(128) >> 8) as i8,
+            _ => integer as i8,
+        }
+    }
+
+    #[inline(always)]
+    fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
+        C::quad::<S, P>(simd, words)
+    }
+
+    #[inline(always)]
+    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> [S::Words; 2] {
+        [simd.splat_word(0), Quads::start::<C, S>(simd, second)]
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd, const I: usize>(
+        simd: S,
+        mut sums: [S::Words; 2],
+        part: S::Words,
+        x: S::Words,
+    ) -> [S::Words; 2] {
+        sums[I] = simd.add_quad_products(sums[I], part, x);
+        sums
+    }
+
+    #[inline(always)]
+    fn total<S: Simd>(simd: S, [high, low]: [S::Words; 2]) -> S::Words {
+        simd.add_times_256(low, high)
     }
 }
 
@@ -509,7 +610,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                     self.add_run::<S, ROWS, VECTORS>(simd, products);
                 }
                 codes = codes.wrapping_add(words * PANEL);
-                let lines = (words * I::parts::<C>()).div_ceil(LINE);
+                let lines = (words * I::words::<C>()).div_ceil(LINE);
                 self.x = self.x.wrapping_add(lines * ROWS * LINE);
                 self.runs = self.runs.wrapping_add(2 * ROWS);
                 self.ahead = self.ahead.wrapping_add(words * self.ahead_step);
@@ -532,14 +633,14 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
         simd: S,
         mut codes: *const C,
         words: usize,
-    ) -> [[S::Words; VECTORS]; ROWS] {
-        let mut sums = [[simd.splat_word(0); VECTORS]; ROWS];
+    ) -> [[I::Sums<S>; VECTORS]; ROWS] {
+        let mut sums = [[I::start::<C, S>(simd, 0.0); VECTORS]; ROWS];
         unrolled!(R in ROWS {
             // SAFETY: the run's numbers exist.
             sums[R] = [I::start::<C, S>(simd, unsafe { *self.runs.add(2 * R + 1) }); VECTORS];
         });
         let (mut x, mut ahead) = (self.x, self.ahead);
-        let words_a_line = line_of::<ROWS>(words * I::parts::<C>()) / I::parts::<C>();
+        let words_a_line = line_of::<ROWS>(words * I::words::<C>()) / I::words::<C>();
         let mut left = words;
         while left > 0 {
             // One at least, which the compiler is to know: else it keeps a copy of the sums.
@@ -561,15 +662,18 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                         column[V] = I::part::<C, S, P>(simd, step[V]);
                     });
                     unrolled!(R in ROWS {
-                        // SAFETY: the step of `x`.
-                        let x = simd.splat_word(unsafe { *next.add(R * LINE + P) });
-                        unrolled!(V in VECTORS {
-                            sums[R][V] = I::add_products(simd, sums[R][V], column[V], x);
+                        unrolled!(W in PIECES {
+                            // SAFETY: the step of `x`.
+                            let x = unsafe { *next.add(R * LINE + P * I::PIECES + W) };
+                            let x = simd.splat_word(x);
+                            unrolled!(V in VECTORS {
+                                sums[R][V] = I::add_products::<S, W>(simd, sums[R][V], column[V], x);
+                            });
                         });
                     });
                 });
                 codes = codes.wrapping_add(PANEL);
-                next = next.wrapping_add(I::parts::<C>());
+                next = next.wrapping_add(I::words::<C>());
                 ahead = ahead.wrapping_add(self.ahead_step);
                 line -= 1;
                 if line == 0 {
@@ -589,7 +693,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
     unsafe fn add_run<S: Simd, const ROWS: usize, const VECTORS: usize>(
         &self,
         simd: S,
-        products: [[S::Words; VECTORS]; ROWS],
+        products: [[I::Sums<S>; VECTORS]; ROWS],
     ) {
         unrolled!(V in VECTORS {
             // SAFETY: the caller's.
@@ -603,7 +707,8 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                         let sum = simd.splat(*self.runs.add(2 * R + 1));
                         total = simd.fma(sum, minimum, total);
                     }
-                    let product = simd.mul(scale, simd.words_to_f32(products[R][V]));
+                    let product = I::total(simd, products[R][V]);
+                    let product = simd.mul(scale, simd.words_to_f32(product));
                     let run_scale = simd.splat(*self.runs.add(2 * R));
                     simd.store_f32(c, simd.fma(run_scale, product, total));
                     // One after the other: many at once would push the products out of registers.
@@ -714,5 +819,19 @@ impl Tiles {
     #[inline(always)]
     pub(super) fn range(&self, i: usize) -> Range<usize> {
         super::pool::partition(self.rows, self.count, i)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_make_up_their_number() {
+        let largest = i16::LARGEST as i16;
+        for number in -largest..=largest {
+            let [high, low] = [0, 1].map(|i| i32::from(Halves::piece(number, i)));
+            assert_eq!(256 * high + low, i32::from(number));
+        }
     }
 }

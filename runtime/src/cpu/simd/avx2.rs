@@ -254,6 +254,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn add_times_256(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        let b = halves!(for half in b => _mm256_slli_epi32::<8>(half));
+        halves!(_mm256_add_epi32(a, b))
+    }
+
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: Self::V) {
         // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe {

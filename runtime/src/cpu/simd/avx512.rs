@@ -232,12 +232,7 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
 
     #[inline(always)]
     fn add_pair_products(self, sums: Self::Words, a: Self::Words, b: Self::Words) -> Self::Words {
-        if const { LEVEL >= VNNI } {
-            // LLVM makes two instructions of a long chain of these.
-            proven!(pinned(_mm512_dpwssd_epi32(sums, a, b)))
-        } else {
-            proven!(pinned(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b))))
-        }
+        proven!(pinned(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b))))
     }
 
     #[inline(always)]
@@ -283,6 +278,11 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     #[inline(always)]
     fn words_to_f32(self, words: Self::Words) -> Self::V {
         proven!(_mm512_cvtepi32_ps(words))
+    }
+
+    #[inline(always)]
+    fn add_times_256(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        proven!(_mm512_add_epi32(a, _mm512_slli_epi32::<8>(b)))
     }
 
     #[inline(always)]

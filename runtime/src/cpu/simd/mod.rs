@@ -146,6 +146,12 @@ impl Isa {
         }
     }
 
+    /// Whether it has [`Simd::add_quad_products`] as one instruction.
+    pub(super) fn multiplies_quads(self) -> bool {
+        use Isa::{Avx512Bf16, Avx512Vnni, NeonBf16, NeonDot};
+        matches!(self, Avx512Vnni | Avx512Bf16 | NeonDot | NeonBf16)
+    }
+
     /// Runs the form of `kernel` that is compiled for this instruction set.
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         assert!(self.is_supported(), "this machine has no {self}");
@@ -324,6 +330,8 @@ pub(super) trait Simd: Copy {
     fn upper_bf16(self, words: Self::Words) -> Self::V;
     /// Words as signed numbers, rounded to the nearest.
     fn words_to_f32(self, words: Self::Words) -> Self::V;
+    /// `a + 256 * b`
+    fn add_times_256(self, a: Self::Words, b: Self::Words) -> Self::Words;
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store_f32(self, p: *mut f32, v: Self::V);

@@ -309,6 +309,12 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
     }
 
     #[inline(always)]
+    fn add_times_256(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        let b = quarters!(vshlq_n_u32::<8>(b));
+        quarters!(vaddq_u32(a, b))
+    }
+
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: Self::V) {
         // SAFETY: as in `proven!`; sixteen values are writable.
         unsafe {

@@ -199,6 +199,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn add_times_256(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i] << 8))
+    }
+
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: Self::V) {
         // SAFETY: the caller's: sixteen values are writable.
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(v) }
