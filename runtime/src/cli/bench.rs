@@ -88,6 +88,8 @@ struct Memory {
     peak_resident_bytes: Option<u64>,
     /// On the CPU: weights are read where their file is mapped.
     mapped_weight_bytes: Option<u64>,
+    /// Of these, those in huge pages: the rest is read more slowly.
+    huge_page_bytes: Option<u64>,
     /// On a GPU: weights are copied to it.
     device_weight_bytes: Option<u64>,
     arena_bytes: u64,
@@ -166,6 +168,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let memory = Memory {
         peak_resident_bytes,
         mapped_weight_bytes: mapped.then_some(weight_bytes),
+        huge_page_bytes: mapped.then(mapped_huge_page_bytes).flatten(),
         device_weight_bytes: (!mapped).then_some(weight_bytes),
         arena_bytes: engine.facts().memory.arena_bytes,
         kv_cache_bytes: engine.facts().memory.kv_bytes,
@@ -285,9 +288,18 @@ fn decode_weight_bytes(target: &Target) -> u64 {
 /// The most memory that this process has held so far, where the system tells (Linux: `VmHWM`).
 fn peak_resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    kib_of(&status, "VmHWM:")
+}
+
+/// Bytes of mapped files that are mapped in huge pages, where the system tells (Linux: `FilePmdMapped`).
+fn mapped_huge_page_bytes() -> Option<u64> {
+    let maps = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    kib_of(&maps, "FilePmdMapped:")
+}
+
+/// The bytes that a file of /proc gives under a name, in KiB.
+fn kib_of(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -354,7 +366,11 @@ fn table(report: &Report) -> Table {
         format!(
             "{} weights{}, {} activations, {} KV cache",
             mib(mapped.or(report.memory.device_weight_bytes).unwrap_or(0)),
-            if mapped.is_some() { " (mapped)" } else { "" },
+            match (mapped, report.memory.huge_page_bytes) {
+                (Some(_), Some(huge)) => format!(" (mapped, {} in huge pages)", mib(huge)),
+                (Some(_), None) => " (mapped)".to_owned(),
+                (None, _) => String::new(),
+            },
             mib(report.memory.arena_bytes),
             mib(report.memory.kv_cache_bytes)
         ),

@@ -377,9 +377,10 @@ impl Shared {
             }
         }
         // The flag goes up before the epoch is looked at again, and the caller of `run` looks at the
-        // flag after it has raised the epoch: one of the two sees the other.
+        // flag after it has raised the epoch: one of the two sees the other. (A store would do, but qemu's Arm lets
+        // a load pass one.)
         let parked = &self.parked[index - 1].0;
-        parked.store(true, Ordering::SeqCst);
+        parked.swap(true, Ordering::SeqCst);
         let epoch = loop {
             let epoch = self.epoch.0.load(Ordering::SeqCst);
             if epoch != seen {
