@@ -1,7 +1,7 @@
 //! Rows as integers of 16 or 8 bits, for products with integer weights.
 //!
-//! A row is cut into runs, and each rounded to multiples of its greatest magnitude over 32639 or 127. (32639 is 127 times 256 and 127: its halves are
-//! integers of 8 bits.)
+//! A row is cut into runs, and each rounded to multiples of its greatest magnitude over 32639 or 127.
+//! (32639 is 127 times 256 and 127: its halves are integers of 8 bits.)
 //! Products with weights of 8 bits or less are then made two or four at a time in 32 bits, exactly and so
 //! in any order, and weights need not become `f32`. The error is at most 2^-16 or 2^-8, nearly, of the run's
 //! greatest magnitude (runs of magnitudes below 1e-30 are zero): with 16 bits, for most values less than

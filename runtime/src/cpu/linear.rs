@@ -214,14 +214,12 @@ fn multiply<M: Matrix>(
     let as_they_are = M::AS_THEY_ARE && k.is_multiple_of(M::STEP_INPUTS);
     let rows_len = t * (values + 2 * runs) + tiles.count * k;
     // Rows that all threads share, and the room in which each prepares its own otherwise.
-    let (shared, own_len): (Option<&[f32]>, usize) = if t == 1 && op.norm.is_none() && as_they_are {
-        (Some(prepare.input(0)), 0)
+    let (shared, own_len) = if t == 1 && op.norm.is_none() && as_they_are {
+        (Some((prepare.input(0), &[][..])), 0)
     } else if t * k > PREPARED_BY_EACH {
         let rows = cpu.scratch.rows.reserve(rows_len);
-        prepare.rows(rows, |tiles, prepare| {
-            pool.parallel_for(tiles, |_, tile| prepare(tile))
-        });
-        (Some(rows), 0)
+        prepare.rows(rows, pool);
+        (Some(rows.split_at(t * values)), 0)
     } else {
         (None, rows_len)
     };
@@ -249,11 +247,11 @@ fn multiply<M: Matrix>(
         // SAFETY: a thread uses the buffer of its own number.
         let buffer = unsafe { threads.get(thread) }.reserve(0);
         let (sums, own) = buffer.split_at_mut(sums_len);
-        let rows = shared.unwrap_or_else(|| {
-            prepare.rows(own, |tiles, prepare| (0..tiles).for_each(prepare));
-            own
+        let (rows, row_runs) = shared.unwrap_or_else(|| {
+            // The thread is in a job already, and makes all calls itself.
+            prepare.rows(own, pool);
+            own.split_at(t * values)
         });
-        let (rows, row_runs) = rows.split_at((t * values).min(rows.len()));
         move |tasks| {
             isa.run(MultiplyPanels {
                 product,
@@ -323,15 +321,14 @@ impl<'a, M: Matrix> Prepare<'a, M> {
 
     /// Writes the input rows, normalised, in the form that suits the matrix: the values of each tile,
     /// behind them the runs of each. Behind these there is room for a row of each tile.
-    /// `each` calls a function with each of so many tiles.
-    fn rows(&self, rows: &mut [f32], each: impl FnOnce(usize, &(dyn Fn(usize) + Sync))) {
+    fn rows(&self, rows: &mut [f32], pool: &super::ThreadPool) {
         let (t, k) = (self.tiles.rows, self.x.cols());
         let (values, runs) = (self.weight.values(k), 2 * self.weight.runs(k));
         let (rows, rest) = rows.split_at_mut(t * values);
         let (row_runs, spare) = rest.split_at_mut(t * runs);
         let (rows, row_runs, spare) =
             (Shards::new(rows), Shards::new(row_runs), Shards::new(spare));
-        let prepare = |tile: usize| {
+        pool.parallel_for(self.tiles.count, |_, tile| {
             let range = self.tiles.range(tile);
             for (r, t) in range.clone().enumerate() {
                 let mut row = self.input(t);
@@ -361,8 +358,7 @@ impl<'a, M: Matrix> Prepare<'a, M> {
                     prepared,
                 });
             }
-        };
-        each(self.tiles.count, &prepare);
+        });
     }
 }
 

@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Repeats the body for each constant below the limit: ROWS, at most 12, VECTORS, at most 4, WORDS of a step, at
-/// most 2, the PARTS of a word, at most 4, or the PIECES of a number, at most 2. A loop would do the same if the compiler could be relied on to unroll it
-/// before it decides what lives in registers.
+/// most 2, the PARTS of a word, at most 4, or the PIECES of a number, at most 2. A loop would do the same if the
+/// compiler could be relied on to unroll it before it decides what lives in registers.
 macro_rules! unrolled {
     ($i:ident in ROWS $body:block) => {
         unrolled!($i in (ROWS) $body 0 1 2 3 4 5 6 7 8 9 10 11)
@@ -383,10 +383,8 @@ pub(super) trait IntRows: Copy + Send + Sync {
     type Integer: Integer;
     /// What lies in a word: an integer, or a piece of one.
     type Piece: Pod;
-    /// Sums of products, one for each piece.
-    type Sums<S: Simd>: Copy;
 
-    /// Pieces of an integer, each in a word of its own.
+    /// Pieces of an integer, each in a word of its own: one, or an upper byte and a lower one.
     const PIECES: usize = size_of::<Self::Integer>() / size_of::<Self::Piece>();
     /// Inputs of a word.
     const INPUTS: usize = size_of::<u32>() / size_of::<Self::Piece>();
@@ -403,18 +401,10 @@ pub(super) trait IntRows: Copy + Send + Sync {
     fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
 
     /// What a run's sums start from, given its second number.
-    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> Self::Sums<S>;
+    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> S::Words;
 
-    /// To `sums` the products of a part and of piece I, in a row's word.
-    fn add_products<S: Simd, const I: usize>(
-        simd: S,
-        sums: Self::Sums<S>,
-        part: S::Words,
-        x: S::Words,
-    ) -> Self::Sums<S>;
-
-    /// The sums of products of whole integers.
-    fn total<S: Simd>(simd: S, sums: Self::Sums<S>) -> S::Words;
+    /// To `sums` the products of a part and of a row's word.
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words;
 }
 
 /// Pairs of 16 bits.
@@ -424,7 +414,6 @@ pub(super) struct Pairs;
 impl IntRows for Pairs {
     type Integer = i16;
     type Piece = i16;
-    type Sums<S: Simd> = S::Words;
 
     #[inline(always)]
     fn piece(integer: i16, _: usize) -> i16 {
@@ -442,18 +431,8 @@ impl IntRows for Pairs {
     }
 
     #[inline(always)]
-    fn add_products<S: Simd, const I: usize>(
-        simd: S,
-        sums: S::Words,
-        part: S::Words,
-        x: S::Words,
-    ) -> S::Words {
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
         simd.add_pair_products(sums, part, x)
-    }
-
-    #[inline(always)]
-    fn total<S: Simd>(_: S, sums: S::Words) -> S::Words {
-        sums
     }
 }
 
@@ -465,7 +444,6 @@ pub(super) struct Quads;
 impl IntRows for Quads {
     type Integer = i8;
     type Piece = i8;
-    type Sums<S: Simd> = S::Words;
 
     #[inline(always)]
     fn piece(integer: i8, _: usize) -> i8 {
@@ -486,18 +464,8 @@ impl IntRows for Quads {
     }
 
     #[inline(always)]
-    fn add_products<S: Simd, const I: usize>(
-        simd: S,
-        sums: S::Words,
-        part: S::Words,
-        x: S::Words,
-    ) -> S::Words {
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
         simd.add_quad_products(sums, part, x)
-    }
-
-    #[inline(always)]
-    fn total<S: Simd>(_: S, sums: S::Words) -> S::Words {
-        sums
     }
 }
 
@@ -509,7 +477,6 @@ pub(super) struct Halves;
 impl IntRows for Halves {
     type Integer = i16;
     type Piece = i8;
-    type Sums<S: Simd> = [S::Words; 2];
 
     #[inline(always)]
     fn piece(integer: i16, i: usize) -> i8 {
@@ -522,28 +489,17 @@ impl IntRows for Halves {
 
     #[inline(always)]
     fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words {
-        C::quad::<S, P>(simd, words)
+        Quads::part::<C, S, P>(simd, words)
     }
 
     #[inline(always)]
-    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> [S::Words; 2] {
-        [simd.splat_word(0), Quads::start::<C, S>(simd, second)]
+    fn start<C: Codes, S: Simd>(simd: S, second: f32) -> S::Words {
+        Quads::start::<C, S>(simd, second)
     }
 
     #[inline(always)]
-    fn add_products<S: Simd, const I: usize>(
-        simd: S,
-        mut sums: [S::Words; 2],
-        part: S::Words,
-        x: S::Words,
-    ) -> [S::Words; 2] {
-        sums[I] = simd.add_quad_products(sums[I], part, x);
-        sums
-    }
-
-    #[inline(always)]
-    fn total<S: Simd>(simd: S, [high, low]: [S::Words; 2]) -> S::Words {
-        simd.add_times_256(low, high)
+    fn add_products<S: Simd>(simd: S, sums: S::Words, part: S::Words, x: S::Words) -> S::Words {
+        Quads::add_products(simd, sums, part, x)
     }
 }
 
@@ -633,11 +589,12 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
         simd: S,
         mut codes: *const C,
         words: usize,
-    ) -> [[I::Sums<S>; VECTORS]; ROWS] {
-        let mut sums = [[I::start::<C, S>(simd, 0.0); VECTORS]; ROWS];
+    ) -> [[S::Words; VECTORS]; ROWS] {
+        // Of each piece of the rows' integers; where these are whole, in the last.
+        let mut sums = [[[simd.splat_word(0); VECTORS]; ROWS]; 2];
         unrolled!(R in ROWS {
             // SAFETY: the run's numbers exist.
-            sums[R] = [I::start::<C, S>(simd, unsafe { *self.runs.add(2 * R + 1) }); VECTORS];
+            sums[1][R] = [I::start::<C, S>(simd, unsafe { *self.runs.add(2 * R + 1) }); VECTORS];
         });
         let (mut x, mut ahead) = (self.x, self.ahead);
         let words_a_line = line_of::<ROWS>(words * I::words::<C>()) / I::words::<C>();
@@ -667,7 +624,8 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                             let x = unsafe { *next.add(R * LINE + P * I::PIECES + W) };
                             let x = simd.splat_word(x);
                             unrolled!(V in VECTORS {
-                                sums[R][V] = I::add_products::<S, W>(simd, sums[R][V], column[V], x);
+                                let sums = &mut sums[2 - I::PIECES + W][R][V];
+                                *sums = I::add_products(simd, *sums, column[V], x);
                             });
                         });
                     });
@@ -682,7 +640,15 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
             }
             x = x.wrapping_add(ROWS * LINE);
         }
-        sums
+        let [upper, mut totals] = sums;
+        if const { I::PIECES == 2 } {
+            unrolled!(R in ROWS {
+                unrolled!(V in VECTORS {
+                    totals[R][V] = simd.add_times_256(totals[R][V], upper[R][V]);
+                });
+            });
+        }
+        totals
     }
 
     /// Adds a run's products to `c`.
@@ -693,7 +659,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
     unsafe fn add_run<S: Simd, const ROWS: usize, const VECTORS: usize>(
         &self,
         simd: S,
-        products: [[I::Sums<S>; VECTORS]; ROWS],
+        products: [[S::Words; VECTORS]; ROWS],
     ) {
         unrolled!(V in VECTORS {
             // SAFETY: the caller's.
@@ -707,8 +673,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                         let sum = simd.splat(*self.runs.add(2 * R + 1));
                         total = simd.fma(sum, minimum, total);
                     }
-                    let product = I::total(simd, products[R][V]);
-                    let product = simd.mul(scale, simd.words_to_f32(product));
+                    let product = simd.mul(scale, simd.words_to_f32(products[R][V]));
                     let run_scale = simd.splat(*self.runs.add(2 * R));
                     simd.store_f32(c, simd.fma(run_scale, product, total));
                     // One after the other: many at once would push the products out of registers.
