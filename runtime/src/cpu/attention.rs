@@ -133,7 +133,7 @@ pub fn write_kv(
 }
 
 /// Values of keys below which the caller writes the cache alone.
-const WRITE_ALONE: usize = 16 * 1024;
+const WRITE_ALONE: usize = 1024;
 /// Rows from the one being written to the cache to the one being asked for.
 const ROWS_AHEAD: usize = 8;
 

@@ -43,23 +43,23 @@ pub fn read_bandwidth(pool: &ThreadPool, isa: Isa, bytes: usize) -> io::Result<B
         unsafe { shards.range(range.start, range.len()) }.fill(1.0);
     });
     let values = &*values;
-    let mut seconds: Vec<f64> = (0..PASSES + 1)
-        .map(|_| {
-            let start = Instant::now();
-            pool.run(|thread| {
-                let range = partition(len, pool.threads(), thread);
-                black_box(isa.run(Sum(&values[range])));
-            });
-            start.elapsed().as_secs_f64()
-        })
-        .skip(1)
-        .collect();
-    seconds.sort_unstable_by(f64::total_cmp);
-    let rate = |seconds: f64| (len * size_of::<f32>()) as f64 / seconds / 1e9;
+    read_once(pool, isa, values);
+    let mut rates: Vec<f64> = (0..PASSES).map(|_| read_once(pool, isa, values)).collect();
+    rates.sort_unstable_by(f64::total_cmp);
     Ok(Bandwidth {
-        median: rate(seconds[PASSES / 2]),
-        best: rate(seconds[0]),
+        median: rates[PASSES / 2],
+        best: rates[PASSES - 1],
     })
+}
+
+/// Reads `values` with all threads of `pool`, each its own contiguous part, and returns the rate in GB/s.
+pub fn read_once(pool: &ThreadPool, isa: Isa, values: &[f32]) -> f64 {
+    let start = Instant::now();
+    pool.run(|thread| {
+        let range = partition(values.len(), pool.threads(), thread);
+        black_box(isa.run(Sum(&values[range])));
+    });
+    size_of_val(values) as f64 / start.elapsed().as_secs_f64() / 1e9
 }
 
 struct Sum<'a>(&'a [f32]);

@@ -9,26 +9,22 @@
 
 use super::norm::load;
 use super::simd::{LANES, Simd};
+use super::tile::IntRows;
 
 /// Inputs of a run, where its group of weights has as many left. A run's sum of products of 8 and 16
 /// bits takes 30 bits.
 pub(super) const RUN: usize = 128;
 
-/// A type of integers that runs are rounded to.
-pub(super) trait Integer: bytemuck::Pod {
-    /// The greatest that is used.
-    const LARGEST: f32;
-
-    /// Writes integers.
+/// What rows of integers consist of: integers, or pieces of them.
+pub(super) trait Piece: bytemuck::Pod {
+    /// Writes pieces.
     ///
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
 }
 
-impl Integer for i16 {
-    const LARGEST: f32 = 127.0 * 256.0 + 127.0;
-
+impl Piece for i16 {
     #[inline(always)]
     unsafe fn store<S: Simd>(simd: S, p: *mut i16, v: S::V) {
         // SAFETY: the caller's.
@@ -36,9 +32,7 @@ impl Integer for i16 {
     }
 }
 
-impl Integer for i8 {
-    const LARGEST: f32 = 127.0;
-
+impl Piece for i8 {
     #[inline(always)]
     unsafe fn store<S: Simd>(simd: S, p: *mut i8, v: S::V) {
         // SAFETY: the caller's.
@@ -51,15 +45,15 @@ pub(super) fn runs(k: usize, group: usize) -> usize {
     k / group * group.div_ceil(RUN) + (k % group).div_ceil(RUN)
 }
 
-/// Writes a run of at most [`RUN`] values as integers, and gives their scale and their sum. (The sum of the
-/// values themselves would not go with products of the rounded ones.)
+/// Writes the pieces of a run of at most [`RUN`] values as integers, and gives their scale and the integers' sum. (The
+/// sum of the values themselves would not go with products of the rounded ones.)
 ///
 /// A value that is not finite makes the scale not a number.
 #[inline(always)]
-pub(super) fn round<S: Simd, I: Integer>(
+pub(super) fn round<S: Simd, R: IntRows>(
     simd: S,
     run: &[f32],
-    integers: &mut [I; RUN],
+    pieces: &mut [[R::Piece; RUN]; 2],
 ) -> [f32; 2] {
     assert!(run.len() <= RUN);
     let mut largest = simd.zero();
@@ -71,23 +65,26 @@ pub(super) fn round<S: Simd, I: Integer>(
     let largest = simd.max_lanes(largest);
     // Smaller values come near to having no finite inverse; they are nothing.
     let inverse = match largest > 1e-30 {
-        true => I::LARGEST / largest,
+        true => R::LARGEST / largest,
         false => 0.0,
     };
     let mut sum = simd.zero();
     for i in (0..run.len()).step_by(LANES) {
-        // SAFETY: as above; and the array's length is a multiple of LANES.
+        // SAFETY: as above; and the arrays' length is a multiple of LANES.
         unsafe {
             let x = load(simd, run.as_ptr().add(i), run.len() - i);
             let integer = simd.round(simd.mul(x, simd.splat(inverse)));
             // Below 2^24, and so exact.
             sum = simd.add(sum, integer);
-            I::store(simd, integers.as_mut_ptr().add(i), integer);
+            for (piece, pieces) in pieces.iter_mut().take(R::PIECES).enumerate() {
+                let piece = R::piece(simd, integer, piece);
+                R::Piece::store(simd, pieces.as_mut_ptr().add(i), piece);
+            }
         }
     }
     let sum = simd.sum_lanes(sum);
     // Times a finite inverse, or zero, what is not finite has made the sum not a number.
-    [largest / I::LARGEST + 0.0 * sum, sum]
+    [largest / R::LARGEST + 0.0 * sum, sum]
 }
 
 #[cfg(test)]
@@ -95,35 +92,44 @@ mod tests {
     use super::*;
     use crate::cpu::simd::{Isa, Kernel};
     use crate::cpu::testing::{Random, isas};
+    use crate::cpu::tile::{Halves, Pairs, Quads};
+    use bytemuck::Zeroable;
 
     /// The integers of a run as numbers, their scale and their sum.
-    fn rounded<I: Integer + Into<f32>>(isa: Isa, run: &[f32]) -> (Vec<f32>, f32, f32) {
-        struct Round<'a, I>(&'a [f32], &'a mut [I; RUN]);
-        impl<I: Integer> Kernel for Round<'_, I> {
+    fn rounded<R: IntRows>(isa: Isa, run: &[f32]) -> (Vec<f32>, f32, f32)
+    where
+        R::Piece: Into<f32>,
+    {
+        struct Round<'a, R: IntRows>(&'a [f32], &'a mut [[R::Piece; RUN]; 2]);
+        impl<R: IntRows> Kernel for Round<'_, R> {
             type Output = [f32; 2];
             #[inline(always)]
             fn run<S: Simd>(self, simd: S) -> [f32; 2] {
-                round(simd, self.0, self.1)
+                round::<S, R>(simd, self.0, self.1)
             }
         }
-        let mut integers = [I::zeroed(); RUN];
-        let [scale, sum] = isa.run(Round(run, &mut integers));
-        let numbers = integers[..run.len()].iter().map(|&integer| integer.into());
-        (numbers.collect(), scale, sum)
+        let mut pieces = [[R::Piece::zeroed(); RUN]; 2];
+        let [scale, sum] = isa.run(Round::<R>(run, &mut pieces));
+        let [first, second] = pieces.map(|pieces| pieces.map(Into::<f32>::into));
+        let integer = |i: usize| match R::PIECES {
+            1 => first[i],
+            _ => 256.0 * first[i] + second[i],
+        };
+        ((0..run.len()).map(integer).collect(), scale, sum)
     }
 
-    fn are_the_values<I: Integer + Into<f32>>() {
+    fn are_the_values<R: IntRows<Piece: Into<f32>>>() {
         let mut random = Random::new(3);
         for len in [1, 15, 16, 33, 127, 128] {
             for magnitude in [1e-38, 1e-20, 1.0, 1e30] {
                 let run: Vec<f32> = random.values(len).iter().map(|x| x * magnitude).collect();
                 let largest = run.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
                 for isa in isas() {
-                    let (integers, scale, sum) = rounded::<I>(isa, &run);
+                    let (integers, scale, sum) = rounded::<R>(isa, &run);
                     for (x, integer) in run.iter().zip(&integers) {
-                        assert!(integer.abs() <= I::LARGEST);
+                        assert!(integer.abs() <= R::LARGEST);
                         let error = (scale * integer - x).abs();
-                        let half_a_step = largest / (2.0 * I::LARGEST);
+                        let half_a_step = largest / (2.0 * R::LARGEST);
                         assert!(error <= half_a_step * 1.01 + 1e-30, "{x}");
                     }
                     assert_eq!(sum, integers.iter().sum::<f32>());
@@ -134,8 +140,23 @@ mod tests {
 
     #[test]
     fn integers_times_scale_are_the_values() {
-        are_the_values::<i16>();
-        are_the_values::<i8>();
+        are_the_values::<Pairs>();
+        are_the_values::<Quads>();
+        are_the_values::<Halves>();
+    }
+
+    #[test]
+    fn every_number_of_16_bits_has_halves() {
+        let largest = Halves::LARGEST as i32;
+        let numbers: Vec<f32> = (-largest..=largest).map(|number| number as f32).collect();
+        for isa in isas() {
+            for numbers in numbers.chunks(RUN - 1) {
+                // The largest makes the scale one.
+                let run = [numbers, &[Halves::LARGEST]].concat();
+                let (integers, scale, _) = rounded::<Halves>(isa, &run);
+                assert_eq!((scale, integers), (1.0, run));
+            }
+        }
     }
 
     #[test]
@@ -145,11 +166,11 @@ mod tests {
                 for at in 0..20 {
                     let mut run = [1.0; 20];
                     run[at] = wrong;
-                    assert!(rounded::<i16>(isa, &run).1.is_nan());
-                    assert!(rounded::<i8>(isa, &run).1.is_nan());
+                    assert!(rounded::<Pairs>(isa, &run).1.is_nan());
+                    assert!(rounded::<Quads>(isa, &run).1.is_nan());
                 }
             }
-            let (_, scale, sum) = rounded::<i8>(isa, &[0.0; 40]);
+            let (_, scale, sum) = rounded::<Quads>(isa, &[0.0; 40]);
             assert_eq!((scale, sum), (0.0, 0.0));
         }
     }

@@ -333,9 +333,9 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
     fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>) {
         let (mut lines, mut runs) = prepared.parts();
         for run in row.chunks(self.group).flat_map(|group| group.chunks(RUN)) {
-            // What fills up the last word is zero.
-            let mut integers = [R::Integer::zeroed(); RUN];
-            let [scale, sum] = fixed::round(simd, run, &mut integers);
+            // What fills up the last line is zero.
+            let mut pieces = [[R::Piece::zeroed(); RUN]; 2];
+            let [scale, sum] = fixed::round::<S, R>(simd, run, &mut pieces);
             if let Some(numbers) = runs.next() {
                 let second = match C::HAVE_MINIMA {
                     true => scale * sum,
@@ -343,10 +343,20 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
                 };
                 numbers.copy_from_slice(&[scale, second]);
             }
-            let inputs = run.len().next_multiple_of(C::INPUTS);
-            for integers in integers[..inputs].chunks(LINE / R::words::<C>() * C::INPUTS) {
-                if let Some(line) = lines.next() {
-                    in_turn::<C, R>(integers, bytemuck::cast_slice_mut(line));
+            for pieces in pieces.iter_mut().take(R::PIECES) {
+                R::in_turn::<C>(pieces);
+            }
+            // Of a word of C the words of one piece lie before those of the next.
+            let (words, parts) = (R::words::<C>(), C::INPUTS / R::INPUTS);
+            for first in (0..run.len()).step_by(LINE / words * C::INPUTS) {
+                let Some(line) = lines.next() else { break };
+                let inputs = (first..).step_by(C::INPUTS);
+                for (words, input) in line.chunks_exact_mut(words).zip(inputs) {
+                    for (words, pieces) in words.chunks_exact_mut(parts).zip(&pieces) {
+                        let pieces = &pieces[input..][..C::INPUTS];
+                        bytemuck::cast_slice_mut::<_, u8>(words)
+                            .copy_from_slice(bytemuck::cast_slice(pieces));
+                    }
                 }
             }
         }
@@ -383,22 +393,5 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
         };
         // SAFETY: the caller's.
         unsafe { tile.run_rows::<S, VECTORS>(simd, part.rows) };
-    }
-}
-
-/// Integers of a row in the order in which parts of words of C meet them.
-#[inline(always)]
-fn in_turn<C: Codes, R: IntRows>(integers: &[R::Integer], words: &mut [R::Piece]) {
-    let parts = C::INPUTS / R::INPUTS;
-    let inputs = integers.chunks_exact(C::INPUTS);
-    for (inputs, words) in inputs.zip(words.chunks_exact_mut(C::INPUTS * R::PIECES)) {
-        for p in 0..parts {
-            for piece in 0..R::PIECES {
-                for i in 0..R::INPUTS {
-                    words[(p * R::PIECES + piece) * R::INPUTS + i] =
-                        R::piece(inputs[i * parts + p], piece);
-                }
-            }
-        }
     }
 }

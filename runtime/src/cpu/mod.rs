@@ -34,7 +34,7 @@ mod testing;
 mod tile;
 
 pub use attention::{Attention, KvCache, KvCacheMut, Sequence, attention, write_kv};
-pub use bandwidth::{BANDWIDTH_BYTES, Bandwidth, read_bandwidth};
+pub use bandwidth::{BANDWIDTH_BYTES, Bandwidth, read_bandwidth, read_once};
 pub use embed::{Embedding, PositionTable, embed};
 pub use linear::{Activation, Linear, Residual, linear};
 pub use nodes::Nodes;

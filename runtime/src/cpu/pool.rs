@@ -143,10 +143,10 @@ impl ThreadPool {
     }
 
     /// Hands out ranges that make up `0..tasks` to what `f(thread)` gives, which a thread calls before its first
-    /// range. Every thread has a part of the tasks, of neighbours, which it takes in ascending order before it helps others with theirs: what neighbouring tasks
-    /// share, and what earlier jobs of as many tasks wrote, is in its own cache most of the time. A range is a
-    /// quarter of what a part has left, so that threads meet rarely and end together. Who helps takes the last
-    /// tasks of a part, so that what its thread streams from memory goes on.
+    /// range. Every thread has a part of the tasks, of neighbours, which it takes in ascending order before it helps
+    /// others with theirs: what neighbouring tasks share, and what earlier jobs of as many tasks wrote, is in its own
+    /// cache most of the time. A range is a quarter of what a part has left, so that threads meet rarely and end
+    /// together. Who helps takes the last tasks of a part, so that what its thread streams from memory goes on.
     pub fn parallel_ranges<W: FnMut(Range<usize>)>(
         &self,
         tasks: usize,

@@ -1,8 +1,7 @@
 //! The inner loop of every matrix product: a tile of outputs kept in registers.
 
-use super::fixed::{Integer, RUN};
+use super::fixed::{Piece, RUN};
 use super::simd::{Codes, Dots, Element, Kernel, LANES, Simd};
-use bytemuck::Pod;
 use half::bf16;
 use kiln_bundle::packing::PANEL;
 use std::marker::PhantomData;
@@ -380,22 +379,27 @@ impl<F: Factors> Tile<F> {
 
 /// How rows of integers lie in words, to be multiplied with codes.
 pub(super) trait IntRows: Copy + Send + Sync {
-    type Integer: Integer;
     /// What lies in a word: an integer, or a piece of one.
-    type Piece: Pod;
+    type Piece: Piece;
 
+    /// The greatest integer that is used.
+    const LARGEST: f32;
     /// Pieces of an integer, each in a word of its own: one, or an upper byte and a lower one.
-    const PIECES: usize = size_of::<Self::Integer>() / size_of::<Self::Piece>();
+    const PIECES: usize = 1;
     /// Inputs of a word.
     const INPUTS: usize = size_of::<u32>() / size_of::<Self::Piece>();
 
-    /// Words of a row that meet a word of codes: of each of its parts, at most 4, a word of each piece.
+    /// Words of a row that meet a word of codes: for each piece, one for each of its parts, at most 4.
     fn words<C: Codes>() -> usize {
         C::INPUTS / Self::INPUTS * Self::PIECES
     }
 
-    /// Piece `i` of an integer.
-    fn piece(integer: Self::Integer, i: usize) -> Self::Piece;
+    /// Piece `i` of integers.
+    fn piece<S: Simd>(simd: S, integers: S::V, i: usize) -> S::V;
+
+    /// Brings pieces of the inputs of each word of C together by the parts that they meet: a part takes inputs that
+    /// are as far apart as there are parts.
+    fn in_turn<C: Codes>(pieces: &mut [Self::Piece; RUN]);
 
     /// Part P of each word of codes.
     fn part<C: Codes, S: Simd, const P: usize>(simd: S, words: S::Words) -> S::Words;
@@ -412,12 +416,25 @@ pub(super) trait IntRows: Copy + Send + Sync {
 pub(super) struct Pairs;
 
 impl IntRows for Pairs {
-    type Integer = i16;
     type Piece = i16;
 
+    const LARGEST: f32 = Halves::LARGEST;
+
     #[inline(always)]
-    fn piece(integer: i16, _: usize) -> i16 {
-        integer
+    fn piece<S: Simd>(_: S, integers: S::V, _: usize) -> S::V {
+        integers
+    }
+
+    #[inline(always)]
+    fn in_turn<C: Codes>(pieces: &mut [i16; RUN]) {
+        let parts = C::INPUTS / Self::INPUTS;
+        for pieces in pieces.chunks_exact_mut(C::INPUTS) {
+            let mut turned = [0; 8];
+            for (i, turned) in turned.iter_mut().enumerate().take(C::INPUTS) {
+                *turned = pieces[i % Self::INPUTS * parts + i / Self::INPUTS];
+            }
+            pieces.copy_from_slice(&turned[..C::INPUTS]);
+        }
     }
 
     #[inline(always)]
@@ -442,12 +459,28 @@ impl IntRows for Pairs {
 pub(super) struct Quads;
 
 impl IntRows for Quads {
-    type Integer = i8;
     type Piece = i8;
 
+    const LARGEST: f32 = 127.0;
+
     #[inline(always)]
-    fn piece(integer: i8, _: usize) -> i8 {
-        integer
+    fn piece<S: Simd>(_: S, integers: S::V, _: usize) -> S::V {
+        integers
+    }
+
+    #[inline(always)]
+    fn in_turn<C: Codes>(pieces: &mut [i8; RUN]) {
+        match C::INPUTS / Self::INPUTS {
+            1 => {}
+            // The compiler makes vectors of this, as it would not of bytes one by one.
+            2 => {
+                for bytes in bytemuck::cast_slice_mut(pieces).chunks_exact_mut(8) {
+                    let x = bytemuck::pod_read_unaligned(bytes);
+                    bytes.copy_from_slice(bytemuck::bytes_of(&evens_first(x)));
+                }
+            }
+            _ => unreachable!("a word of codes has 4 or 8 inputs"),
+        }
     }
 
     #[inline(always)]
@@ -469,22 +502,42 @@ impl IntRows for Quads {
     }
 }
 
+/// The bytes of `x`, first those of even number.
+#[inline(always)]
+fn evens_first(x: u64) -> u64 {
+    // Bytes 1 and 2 of each four change places, then 2 and 3 with 4 and 5.
+    let swap = |x: u64, mask: u64, by: u32| {
+        let differ = (x ^ x >> by) & mask;
+        x ^ differ ^ differ << by
+    };
+    swap(swap(x, 0x0000_ff00_0000_ff00, 8), 0xffff_0000, 16)
+}
+
 /// Numbers of 16 bits as 256 times one of 8 bits and another, in quads of either: where products of bytes are an
 /// instruction, codes need not become 16 bits.
 #[derive(Clone, Copy)]
 pub(super) struct Halves;
 
 impl IntRows for Halves {
-    type Integer = i16;
     type Piece = i8;
 
+    const LARGEST: f32 = 127.0 * 256.0 + 127.0;
+    const PIECES: usize = 2;
+
     #[inline(always)]
-    fn piece(integer: i16, i: usize) -> i8 {
+    fn piece<S: Simd>(simd: S, integers: S::V, i: usize) -> S::V {
+        // Rounded up where it is in the middle: the byte that is left is from -128 to 127.
+        let upper = simd.add(integers, simd.splat(0.25));
+        let upper = simd.round(simd.mul(upper, simd.splat(1.0 / 256.0)));
         match i {
-            // The byte that is left has a sign.
-            0 => (integer.wrapping_add(128) >> 8) as i8,
-            _ => integer as i8,
+            0 => upper,
+            _ => simd.fma(upper, simd.splat(-256.0), integers),
         }
+    }
+
+    #[inline(always)]
+    fn in_turn<C: Codes>(pieces: &mut [i8; RUN]) {
+        Quads::in_turn::<C>(pieces);
     }
 
     #[inline(always)]
@@ -597,6 +650,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
             sums[1][R] = [I::start::<C, S>(simd, unsafe { *self.runs.add(2 * R + 1) }); VECTORS];
         });
         let (mut x, mut ahead) = (self.x, self.ahead);
+        let parts = const { C::INPUTS / I::INPUTS };
         let words_a_line = line_of::<ROWS>(words * I::words::<C>()) / I::words::<C>();
         let mut left = words;
         while left > 0 {
@@ -621,7 +675,7 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                     unrolled!(R in ROWS {
                         unrolled!(W in PIECES {
                             // SAFETY: the step of `x`.
-                            let x = unsafe { *next.add(R * LINE + P * I::PIECES + W) };
+                            let x = unsafe { *next.add(R * LINE + W * parts + P) };
                             let x = simd.splat_word(x);
                             unrolled!(V in VECTORS {
                                 let sums = &mut sums[2 - I::PIECES + W][R][V];
@@ -790,13 +844,21 @@ impl Tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::simd::{Bytes, Nibbles};
 
     #[test]
-    fn halves_make_up_their_number() {
-        let largest = i16::LARGEST as i16;
-        for number in -largest..=largest {
-            let [high, low] = [0, 1].map(|i| i32::from(Halves::piece(number, i)));
-            assert_eq!(256 * high + low, i32::from(number));
-        }
+    fn parts_take_inputs_that_lie_apart() {
+        let bytes: [i8; RUN] = std::array::from_fn(|i| i as i8);
+        let numbers: [i16; RUN] = std::array::from_fn(|i| 100 * i as i16 - 700);
+        let (mut of_8, mut of_4, mut pairs) = (bytes, bytes, numbers);
+        Quads::in_turn::<Nibbles>(&mut of_8);
+        Quads::in_turn::<Bytes>(&mut of_4);
+        Pairs::in_turn::<Nibbles>(&mut pairs);
+        assert_eq!(of_8[8..16], [0, 2, 4, 6, 1, 3, 5, 7].map(|i| bytes[8 + i]));
+        assert_eq!(of_4, bytes);
+        assert_eq!(
+            pairs[8..16],
+            [0, 4, 1, 5, 2, 6, 3, 7].map(|i| numbers[8 + i])
+        );
     }
 }

@@ -350,7 +350,7 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing sixteen values.
     unsafe fn store_i16(self, p: *mut i16, v: Self::V);
-    /// Rounds to the nearest, ties to even; the values are from -127 to 127.
+    /// Rounds to the nearest, ties to even; the values are from -128 to 127.
     ///
     /// # Safety
     /// `p` is valid for writing sixteen values.
