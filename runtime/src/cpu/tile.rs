@@ -394,8 +394,11 @@ pub(super) trait IntRows: Copy + Send + Sync {
         C::INPUTS / Self::INPUTS * Self::PIECES
     }
 
-    /// Piece `i` of integers.
-    fn piece<S: Simd>(simd: S, integers: S::V, i: usize) -> S::V;
+    /// Piece `i` of integers: they themselves where there is but one.
+    #[inline(always)]
+    fn piece<S: Simd>(_: S, integers: S::V, _: usize) -> S::V {
+        integers
+    }
 
     /// Brings pieces of the inputs of each word of C together by the parts that they meet: a part takes inputs that
     /// are as far apart as there are parts.
@@ -419,11 +422,6 @@ impl IntRows for Pairs {
     type Piece = i16;
 
     const LARGEST: f32 = Halves::LARGEST;
-
-    #[inline(always)]
-    fn piece<S: Simd>(_: S, integers: S::V, _: usize) -> S::V {
-        integers
-    }
 
     #[inline(always)]
     fn in_turn<C: Codes>(pieces: &mut [i16; RUN]) {
@@ -464,22 +462,14 @@ impl IntRows for Quads {
     const LARGEST: f32 = 127.0;
 
     #[inline(always)]
-    fn piece<S: Simd>(_: S, integers: S::V, _: usize) -> S::V {
-        integers
-    }
-
-    #[inline(always)]
     fn in_turn<C: Codes>(pieces: &mut [i8; RUN]) {
-        match C::INPUTS / Self::INPUTS {
-            1 => {}
+        const { assert!(C::INPUTS == 4 || C::INPUTS == 8) };
+        if C::INPUTS == 8 {
             // The compiler makes vectors of this, as it would not of bytes one by one.
-            2 => {
-                for bytes in bytemuck::cast_slice_mut(pieces).chunks_exact_mut(8) {
-                    let x = bytemuck::pod_read_unaligned(bytes);
-                    bytes.copy_from_slice(bytemuck::bytes_of(&evens_first(x)));
-                }
+            for bytes in bytemuck::cast_slice_mut(pieces).chunks_exact_mut(8) {
+                let x = bytemuck::pod_read_unaligned(bytes);
+                bytes.copy_from_slice(bytemuck::bytes_of(&evens_first(x)));
             }
-            _ => unreachable!("a word of codes has 4 or 8 inputs"),
         }
     }
 
