@@ -14,8 +14,8 @@
 use kiln_bundle::packing::Layout;
 use kiln_bundle::{Activations, BLOCK_TOKENS, DType, WeightFormat};
 use kiln_runtime::cpu::{
-    Attention, Cpu, Isa, KvCache, KvCacheMut, Linear, PackedMatrix, Rows, RowsMut, Sequence,
-    Storage, StorageMut, ThreadPool, attention, linear, read_once, write_kv,
+    Attention, Cpu, Isa, KvCache, KvCacheMut, KvLayout, Linear, PackedMatrix, Rows, RowsMut,
+    Sequence, Storage, StorageMut, ThreadPool, attention, linear, read_once, write_kv,
 };
 use memmap2::MmapMut;
 use std::time::Instant;
@@ -72,12 +72,11 @@ fn main() {
     let pool = ThreadPool::with_physical_cores().expect("threads");
     let isa = Isa::detect().expect("an instruction set");
     let mut cpu = Cpu::new(pool, isa).expect("a CPU");
-    // As a bundle's weights lie in huge pages, where the system has them, and the KV cache in small ones.
-    let weights = memory(true);
+    let weights = memory();
     let weights: &[u8] = &weights;
-    let read_pages = memory(true);
+    let read_pages = memory();
     let read_pages: &[f32] = bytemuck::cast_slice(&read_pages);
-    let caches: &mut [u8] = &mut memory(false);
+    let caches: &mut [u8] = &mut memory();
 
     let mut turns: Vec<Vec<Turn>> = streams.iter().map(|_| Vec::new()).collect();
     for round in 0..rounds {
@@ -136,13 +135,12 @@ fn main() {
     }
 }
 
-/// Memory full of bf16, scales of matrices among them.
-fn memory(huge: bool) -> MmapMut {
+/// Memory full of bf16, scales of matrices among them; in huge pages, where the system has them, as weights and the KV
+/// cache are.
+fn memory() -> MmapMut {
     let mut memory = MmapMut::map_anon(STREAM_BYTES).expect("memory");
     #[cfg(target_os = "linux")]
-    if huge {
-        let _ = memory.advise(memmap2::Advice::HugePage);
-    }
+    let _ = memory.advise(memmap2::Advice::HugePage);
     bytemuck::cast_slice_mut::<u8, half::bf16>(&mut memory).fill(half::bf16::from_f32(0.01));
     memory
 }
@@ -167,7 +165,7 @@ fn matrices(
     memory.len() / bytes * bytes
 }
 
-/// Writes the last positions of one cache after the other, attends to all of them, and returns their bytes.
+/// Writes the last positions in one layer after the other, attends to all of them, and returns the layers' bytes.
 fn attend(
     cpu: &mut Cpu,
     memory: &mut [u8],
@@ -188,21 +186,29 @@ fn attend(
     let (x, mut out) = (vec![0.5; batch * cols], vec![0.0; batch * cols]);
     let rows = Rows::new(&x, batch, cols);
 
-    let part_bytes = batch * positions * cols * DType::Bf16.size_bytes();
-    for cache in memory.chunks_exact_mut(2 * part_bytes) {
-        let (keys, values) = cache.split_at_mut(part_bytes);
-        let part = |bytes| StorageMut::new(bytes, DType::Bf16).expect("bf16");
-        let mut cache = KvCacheMut::new(part(keys), part(values), HEADS, HEAD_DIM);
-        write_kv(cpu, rows, rows, &last_slots, &mut cache);
-        let part = |bytes| Storage::new(bytes, DType::Bf16).expect("bf16");
+    let layer_bytes = 2 * batch * positions * cols * DType::Bf16.size_bytes();
+    // What is left takes up what each block has besides.
+    let layers = memory.len() / layer_bytes - 1;
+    let layout = KvLayout::new(layers, HEADS, HEAD_DIM);
+    let memory = &mut memory[..table.len() * layout.block_len() * DType::Bf16.size_bytes()];
+    for layer in 0..layers {
+        let data = StorageMut::new(memory, DType::Bf16).expect("bf16");
+        write_kv(
+            cpu,
+            rows,
+            rows,
+            &last_slots,
+            &mut KvCacheMut::new(data, layout, layer),
+        );
+        let data = Storage::new(memory, DType::Bf16).expect("bf16");
         let op = Attention {
             queries: rows,
             sequences: &sequences,
-            cache: KvCache::new(part(keys), part(values), HEADS, HEAD_DIM),
+            cache: KvCache::new(data, layout, layer),
             scale: 0.125,
             activations,
         };
         attention(cpu, &op, RowsMut::new(&mut out, batch, cols));
     }
-    memory.len() / (2 * part_bytes) * (2 * part_bytes)
+    layers * layer_bytes
 }

@@ -14,8 +14,8 @@ use anyhow::{Context, ensure};
 use kiln_bundle::{BLOCK_TOKENS, Bundle, DType, WeightFormat, packing::Layout};
 use kiln_compiler::{CompileOptions, Model, Silent, compile};
 use kiln_runtime::cpu::{
-    self, Attention, Cpu, Embedding, Isa, KvCache, KvCacheMut, Linear, Norm, PackedMatrix,
-    PositionTable, Rows, RowsMut, Sequence, Storage, StorageMut, ThreadPool,
+    self, Attention, Cpu, Embedding, Isa, KvCache, KvCacheMut, KvLayout, Linear, Norm,
+    PackedMatrix, PositionTable, Rows, RowsMut, Sequence, Storage, StorageMut, ThreadPool,
 };
 use kiln_runtime::device::{CpuOptions, DeviceChoice};
 use kiln_runtime::{
@@ -312,8 +312,13 @@ fn embed(tokens: usize) -> anyhow::Result<Case> {
 }
 
 /// Bytes of the keys, or the values, of the KV cache.
+/// A layer.
+fn cache_layout() -> KvLayout {
+    KvLayout::new(1, HEADS, WIDTH / HEADS)
+}
+
 fn cache_bytes(dtype: DType) -> u64 {
-    (KV_LEN * WIDTH * dtype.size_bytes()) as u64
+    (KV_LEN / BLOCK_TOKENS * cache_layout().block_len() * dtype.size_bytes()) as u64
 }
 
 fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
@@ -323,7 +328,7 @@ fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
     let queries = vec![0.5; tokens * WIDTH];
     let mut out = vec![0.0; tokens * WIDTH];
     Ok(Box::new(move || {
-        let part = Storage::new(bytemuck::cast_slice(&cache), dtype)?;
+        let cache = Storage::new(bytemuck::cast_slice(&cache), dtype)?;
         let sequence = Sequence {
             first_row: 0,
             rows: tokens,
@@ -333,7 +338,7 @@ fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
         let attention = Attention {
             queries: Rows::new(&queries, tokens, WIDTH),
             sequences: &[sequence],
-            cache: KvCache::new(part, part, HEADS, WIDTH / HEADS),
+            cache: KvCache::new(cache, cache_layout(), 0),
             scale: 0.125,
             activations: None,
         };
@@ -344,16 +349,12 @@ fn attention(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
 
 fn write_kv(dtype: DType, tokens: usize) -> anyhow::Result<Case> {
     let cpu = one_thread()?;
-    let (mut keys, mut values) = (
-        small_numbers(cache_bytes(dtype)),
-        small_numbers(cache_bytes(dtype)),
-    );
+    let mut cache = small_numbers(cache_bytes(dtype));
     let rows = vec![0.5; tokens * WIDTH];
     let slots: Vec<u32> = (0..tokens as u32).collect();
     Ok(Box::new(move || {
-        let keys = StorageMut::new(bytemuck::cast_slice_mut(&mut keys), dtype)?;
-        let values = StorageMut::new(bytemuck::cast_slice_mut(&mut values), dtype)?;
-        let mut cache = KvCacheMut::new(keys, values, HEADS, WIDTH / HEADS);
+        let data = StorageMut::new(bytemuck::cast_slice_mut(&mut cache), dtype)?;
+        let mut cache = KvCacheMut::new(data, cache_layout(), 0);
         let rows = Rows::new(&rows, tokens, WIDTH);
         cpu::write_kv(&cpu, rows, rows, &slots, &mut cache);
         Ok(())

@@ -17,7 +17,7 @@ use super::rows::SharedRows;
 use super::scratch::Shards;
 use super::simd::{Bytes, Codes, Isa, Kernel, LANES, Nibbles, Simd};
 use super::storage::{IntPanels, PackedMatrix, Panels, Storage};
-use super::tile::{Bf16Pairs, Halves, Pairs, Quads, Singles, Tiles, Together};
+use super::tile::{Bf16Pairs, Bf16Singles, Halves, Pairs, Quads, Singles, Tiles};
 use super::{Cpu, Norm, Rows, RowsMut};
 use kiln_bundle::packing::{PANEL, panels};
 use kiln_bundle::{Activations, IntFormat};
@@ -148,21 +148,9 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
         }
         Panels::Float(Storage::Bf16(weight)) => match op.activations {
             Some(Activations::Bf16) => {
-                multiply(
-                    cpu,
-                    op,
-                    Floats::<Together<Bf16Pairs>>::new(weight, k),
-                    x,
-                    &mut out,
-                );
+                multiply(cpu, op, Floats::<Bf16Pairs>::new(weight, k), x, &mut out);
             }
-            _ => multiply(
-                cpu,
-                op,
-                Floats::<Together<Singles<_>>>::new(weight, k),
-                x,
-                &mut out,
-            ),
+            _ => multiply(cpu, op, Floats::<Bf16Singles>::new(weight, k), x, &mut out),
         },
         Panels::Int(panels) => match panels.format {
             IntFormat::Int8 { .. } => multiply_integers::<Bytes>(cpu, op, panels, x, &mut out),

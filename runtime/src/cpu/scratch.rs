@@ -35,6 +35,8 @@ pub(super) struct Scratch {
     pub(super) stats: Vec<Stats>,
     /// The sequences that attention works on, in the order it takes them.
     pub(super) work: Vec<Work>,
+    /// What rows of theirs have of chunks of positions, until all are there.
+    pub(super) shares: Buffer,
     /// One buffer a thread: sums, and such rows where it prepares them for itself.
     pub(super) threads: Vec<Buffer>,
 }
@@ -45,6 +47,7 @@ impl Scratch {
             rows: Buffer::default(),
             stats: Vec::new(),
             work: Vec::new(),
+            shares: Buffer::default(),
             threads: (0..threads).map(|_| Buffer::default()).collect(),
         }
     }

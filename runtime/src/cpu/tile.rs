@@ -77,26 +77,52 @@ pub(super) trait Factors: Copy + Send + Sync {
     /// `p` is valid for writing as many.
     unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V);
 
-    /// The vectors of the inputs of word WORD of a step. Of the word and those behind it `left` inputs are left.
+    /// The vectors of the inputs of word WORD of a step.
     ///
     /// # Safety
-    /// The step exists; where a word takes two inputs that do not lie together, and two are left, the second too.
+    /// The step exists.
     unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
         simd: S,
         step: Step<Self::Element>,
-        left: usize,
     ) -> [Self::Column<S>; VECTORS];
 
     /// To `sums` the products of a column and of a row's word.
     fn add_products<S: Simd>(simd: S, sums: S::V, column: Self::Column<S>, word: u32) -> S::V;
+
+    /// To `sums` the products of a step's first input alone, whatever lies with it, and of its part of a row's word.
+    ///
+    /// # Safety
+    /// The step exists.
+    #[inline(always)]
+    unsafe fn add_first<S: Simd>(
+        simd: S,
+        sums: S::V,
+        step: Step<Self::Element>,
+        word: u32,
+    ) -> S::V {
+        // SAFETY: the caller's.
+        let [column] = unsafe { Self::columns::<S, 1, 0>(simd, step) };
+        Self::add_products(simd, sums, column, word)
+    }
 }
 
-/// A step of `b`: its first vector, from a vector to the next, and from the step to the next.
+/// A step of `b`: its first vector, and from a vector to the next.
 #[derive(Clone, Copy)]
 pub(super) struct Step<E> {
     pub(super) at: *const E,
     pub(super) to_vector: isize,
-    pub(super) to_step: usize,
+}
+
+impl Step<bf16> {
+    /// Vector V of inputs that lie together, in words.
+    ///
+    /// # Safety
+    /// It exists.
+    #[inline(always)]
+    unsafe fn words<S: Simd, const V: usize>(self, simd: S) -> S::Words {
+        // SAFETY: the caller's.
+        unsafe { simd.load_words(self.at.offset(V as isize * self.to_vector).cast()) }
+    }
 }
 
 /// Rows of `f32`: a chain of fused multiply-adds `c[r][j] += a[r][i] * b[i][j]` for i = 0, 1 ..
@@ -125,7 +151,6 @@ impl<E: Element> Factors for Singles<E> {
     unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
         simd: S,
         step: Step<E>,
-        _: usize,
     ) -> [S::V; VECTORS] {
         let mut columns = [simd.zero(); VECTORS];
         unrolled!(V in VECTORS {
@@ -141,8 +166,55 @@ impl<E: Element> Factors for Singles<E> {
     }
 }
 
-/// Rows of bf16 in pairs, the first in the lower half, beside bf16: `c[r][j] += a[r][i + 1] * b[i + 1][j]`, then
-/// `c[r][j] += a[r][i] * b[i][j]`, for i = 0, 2 ..
+/// Rows of `f32` beside bf16 whose inputs lie together in twos, the first in the lower half of a word: as [`Singles`].
+#[derive(Clone, Copy)]
+pub(super) struct Bf16Singles;
+
+impl Factors for Bf16Singles {
+    type Element = bf16;
+    type Column<S: Simd> = S::V;
+
+    const INPUTS: usize = 1;
+    const WORDS: usize = 2;
+    const TOGETHER: usize = 2;
+    const AS_THEY_ARE: bool = true;
+    const DOTS: Option<Dots> = None;
+
+    fn tile_rows<S: Simd>() -> usize {
+        S::TILE_ROWS
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
+        // SAFETY: the caller's.
+        unsafe { simd.store_f32(p.cast(), values) }
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
+        simd: S,
+        step: Step<bf16>,
+    ) -> [S::V; VECTORS] {
+        let mut columns = [simd.zero(); VECTORS];
+        unrolled!(V in VECTORS {
+            // SAFETY: the caller's.
+            let words = unsafe { step.words::<S, V>(simd) };
+            columns[V] = match WORD {
+                0 => simd.lower_bf16(words),
+                _ => simd.upper_bf16(words),
+            };
+        });
+        columns
+    }
+
+    #[inline(always)]
+    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::V, word: u32) -> S::V {
+        simd.fma(simd.splat(f32::from_bits(word)), column, sums)
+    }
+}
+
+/// Rows of bf16 in pairs, the first in the lower half of a word, beside bf16 that lie likewise:
+/// `c[r][j] += a[r][i + 1] * b[i + 1][j]`, then `c[r][j] += a[r][i] * b[i][j]`, for i = 0, 2 ..
 #[derive(Clone, Copy)]
 pub(super) struct Bf16Pairs;
 
@@ -151,6 +223,7 @@ impl Factors for Bf16Pairs {
     type Column<S: Simd> = S::Words;
 
     const INPUTS: usize = 2;
+    const TOGETHER: usize = 2;
     const AS_THEY_ARE: bool = false;
     const DOTS: Option<Dots> = Some(Dots::Bf16);
 
@@ -168,32 +241,12 @@ impl Factors for Bf16Pairs {
     unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
         simd: S,
         step: Step<bf16>,
-        left: usize,
     ) -> [S::Words; VECTORS] {
-        /// What a last input without another is paired with.
-        const NOTHING: [bf16; 4 * LANES] = [bf16::ZERO; 4 * LANES];
-        let (first, second, to_second) = match left > 1 {
-            true => (step.at, step.at.wrapping_add(step.to_step), step.to_vector),
-            false => (step.at, NOTHING.as_ptr(), LANES as isize),
-        };
         let mut columns = [simd.splat_word(0); VECTORS];
-        if step.to_vector == LANES as isize && const { VECTORS.is_multiple_of(2) } {
-            for (i, columns) in columns.chunks_exact_mut(2).enumerate() {
-                let at = 2 * LANES * i;
-                // SAFETY: the caller's.
-                let two = unsafe { simd.load_bf16_pairs_of_two(first.add(at), second.add(at)) };
-                columns.copy_from_slice(&two);
-            }
-        } else {
-            unrolled!(V in VECTORS {
-                let (first, second) = (
-                    first.wrapping_offset(V as isize * step.to_vector),
-                    second.wrapping_offset(V as isize * to_second),
-                );
-                // SAFETY: the caller's.
-                columns[V] = unsafe { simd.load_bf16_pairs(first, second) };
-            });
-        }
+        unrolled!(V in VECTORS {
+            // SAFETY: the caller's.
+            columns[V] = unsafe { step.words::<S, V>(simd) };
+        });
         columns
     }
 
@@ -201,99 +254,13 @@ impl Factors for Bf16Pairs {
     fn add_products<S: Simd>(simd: S, sums: S::V, column: S::Words, word: u32) -> S::V {
         simd.add_bf16_products(sums, column, simd.splat_word(word))
     }
-}
-
-/// As F, with bf16 whose inputs lie together in twos, the first in the lower half of a word.
-#[derive(Clone, Copy)]
-pub(super) struct Together<F>(PhantomData<F>);
-
-impl Factors for Together<Singles<bf16>> {
-    type Element = bf16;
-    type Column<S: Simd> = S::V;
-
-    const INPUTS: usize = 1;
-    const WORDS: usize = 2;
-    const TOGETHER: usize = 2;
-    const AS_THEY_ARE: bool = true;
-    const DOTS: Option<Dots> = None;
-
-    fn tile_rows<S: Simd>() -> usize {
-        Singles::<bf16>::tile_rows::<S>()
-    }
 
     #[inline(always)]
-    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
+    unsafe fn add_first<S: Simd>(simd: S, sums: S::V, step: Step<bf16>, word: u32) -> S::V {
         // SAFETY: the caller's.
-        unsafe { Singles::<bf16>::store(simd, p, values) }
+        let column = simd.lower_bf16(unsafe { step.words::<S, 0>(simd) });
+        simd.fma(simd.splat(f32::from_bits(word << 16)), column, sums)
     }
-
-    #[inline(always)]
-    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
-        simd: S,
-        step: Step<bf16>,
-        _: usize,
-    ) -> [S::V; VECTORS] {
-        // SAFETY: the caller's.
-        let words = unsafe { words::<S, VECTORS>(simd, step) };
-        words.map(|words| match WORD {
-            0 => simd.lower_bf16(words),
-            _ => simd.upper_bf16(words),
-        })
-    }
-
-    #[inline(always)]
-    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::V, word: u32) -> S::V {
-        Singles::<bf16>::add_products(simd, sums, column, word)
-    }
-}
-
-impl Factors for Together<Bf16Pairs> {
-    type Element = bf16;
-    type Column<S: Simd> = S::Words;
-
-    const INPUTS: usize = 2;
-    const TOGETHER: usize = 2;
-    const AS_THEY_ARE: bool = false;
-    const DOTS: Option<Dots> = Bf16Pairs::DOTS;
-
-    fn tile_rows<S: Simd>() -> usize {
-        Bf16Pairs::tile_rows::<S>()
-    }
-
-    #[inline(always)]
-    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
-        // SAFETY: the caller's.
-        unsafe { Bf16Pairs::store(simd, p, values) }
-    }
-
-    #[inline(always)]
-    unsafe fn columns<S: Simd, const VECTORS: usize, const WORD: usize>(
-        simd: S,
-        step: Step<bf16>,
-        _: usize,
-    ) -> [S::Words; VECTORS] {
-        // SAFETY: the caller's.
-        unsafe { words(simd, step) }
-    }
-
-    #[inline(always)]
-    fn add_products<S: Simd>(simd: S, sums: S::V, column: S::Words, word: u32) -> S::V {
-        Bf16Pairs::add_products(simd, sums, column, word)
-    }
-}
-
-/// The words of a step whose inputs lie together.
-///
-/// # Safety
-/// The step exists.
-#[inline(always)]
-unsafe fn words<S: Simd, const VECTORS: usize>(simd: S, step: Step<bf16>) -> [S::Words; VECTORS] {
-    let mut words = [simd.splat_word(0); VECTORS];
-    unrolled!(V in VECTORS {
-        // SAFETY: the caller's.
-        words[V] = unsafe { simd.load_words(step.at.offset(V as isize * step.to_vector).cast()) };
-    });
-    words
 }
 
 /// Where a tile finds its operands, and what it does with them: see [`Factors`].
@@ -350,11 +317,10 @@ impl<F: Factors> Tile<F> {
                 let step = Step {
                     at: b,
                     to_vector: self.b_vector,
-                    to_step: self.b_step,
                 };
                 unrolled!(W in WORDS {
-                    // SAFETY: this step of `b`, and the next where there is one.
-                    let columns = unsafe { F::columns::<S, VECTORS, W>(simd, step, left - F::INPUTS * i) };
+                    // SAFETY: this step of `b`.
+                    let columns = unsafe { F::columns::<S, VECTORS, W>(simd, step) };
                     unrolled!(R in ROWS {
                         // SAFETY: a word of `a`.
                         let word = unsafe { *a.add(R * LINE + i + W) };

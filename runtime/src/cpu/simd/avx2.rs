@@ -171,16 +171,6 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // SAFETY (of what `proven!` holds): sixteen values are readable.
-        halves!(for half in [0, 8] => {
-            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.add(half).cast()));
-            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.add(half).cast()));
-            _mm256_or_si256(low, _mm256_slli_epi32::<16>(high))
-        })
-    }
-
-    #[inline(always)]
     fn byte_quad(self, words: Self::Words) -> Self::Words {
         halves!(for words in words => _mm256_xor_si256(words, _mm256_set1_epi8(i8::MIN)))
     }

@@ -155,48 +155,6 @@ impl<const LEVEL: u8> Simd for Avx512<LEVEL> {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // SAFETY: as in `proven!`; sixteen values are readable.
-        unsafe {
-            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.cast()));
-            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.cast()));
-            _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16_pairs_of_two(
-        self,
-        first: *const bf16,
-        second: *const bf16,
-    ) -> [Self::Words; 2] {
-        /// Of 32 halves of each of two registers, those from START on, in turn.
-        const fn in_turn(start: i16) -> [i16; 32] {
-            let mut order = [0; 32];
-            let mut i = 0;
-            while i < 16 {
-                order[2 * i] = start + i as i16;
-                order[2 * i + 1] = 32 + start + i as i16;
-                i += 1;
-            }
-            order
-        }
-        const LOW: [i16; 32] = in_turn(0);
-        const HIGH: [i16; 32] = in_turn(16);
-        // SAFETY: as in `proven!`; 32 values are readable, and so are the orders.
-        unsafe {
-            let first = _mm512_loadu_si512(first.cast());
-            let second = _mm512_loadu_si512(second.cast());
-            let low = _mm512_loadu_si512(LOW.as_ptr().cast());
-            let high = _mm512_loadu_si512(HIGH.as_ptr().cast());
-            [
-                _mm512_permutex2var_epi16(first, low, second),
-                _mm512_permutex2var_epi16(first, high, second),
-            ]
-        }
-    }
-
-    #[inline(always)]
     fn byte_quad(self, words: Self::Words) -> Self::Words {
         proven!(_mm512_xor_si512(words, _mm512_set1_epi8(i8::MIN)))
     }

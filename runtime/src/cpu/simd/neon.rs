@@ -203,19 +203,6 @@ impl<const LEVEL: u8> Simd for Neon<LEVEL> {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // SAFETY: as in `proven!`; sixteen values are readable.
-        let (low, high) = unsafe { (load_halves(first.cast()), load_halves(second.cast())) };
-        let pairs = proven!([
-            vzip1q_u16(low[0], high[0]),
-            vzip2q_u16(low[0], high[0]),
-            vzip1q_u16(low[1], high[1]),
-            vzip2q_u16(low[1], high[1]),
-        ]);
-        quarters!(vreinterpretq_u32_u16(pairs))
-    }
-
-    #[inline(always)]
     fn byte_quad(self, words: Self::Words) -> Self::Words {
         words
     }

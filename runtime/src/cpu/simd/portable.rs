@@ -140,14 +140,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(self, first: *const bf16, second: *const bf16) -> Self::Words {
-        // SAFETY: the caller's: sixteen values are readable.
-        let [low, high] =
-            [first, second].map(|p| unsafe { p.cast::<[u16; LANES]>().read_unaligned() });
-        std::array::from_fn(|i| u32::from(low[i]) | u32::from(high[i]) << 16)
-    }
-
-    #[inline(always)]
     fn byte_quad(self, words: Self::Words) -> Self::Words {
         words.map(|word| word ^ 0x8080_8080)
     }
