@@ -311,12 +311,12 @@ fn embed(tokens: usize) -> anyhow::Result<Case> {
     }))
 }
 
-/// Bytes of the keys, or the values, of the KV cache.
-/// A layer.
+/// Of one layer.
 fn cache_layout() -> KvLayout {
     KvLayout::new(1, HEADS, WIDTH / HEADS)
 }
 
+/// Bytes of the KV cache.
 fn cache_bytes(dtype: DType) -> u64 {
     (KV_LEN / BLOCK_TOKENS * cache_layout().block_len() * dtype.size_bytes()) as u64
 }

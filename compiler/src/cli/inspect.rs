@@ -96,7 +96,7 @@ fn to_json(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Value {
         "kiln_version": manifest.kiln_version,
         "model": manifest.model,
         "limits": manifest.limits,
-        "kv_bytes_per_token": manifest.targets.iter().map(|target| kv_bytes_per_token(manifest, target)).collect::<Vec<_>>(),
+        "kv_bytes_per_token": manifest.targets.iter().map(|target| manifest.model.kv_bytes_per_token(target.dtype)).collect::<Vec<_>>(),
         "targets": manifest.targets.iter().map(target).collect::<Vec<_>>(),
         "files": manifest.files,
     })
@@ -133,7 +133,7 @@ fn to_text(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Result<Strin
             super::formats(target),
             HumanBytes(weights),
             target.dtype,
-            HumanBytes(kv_bytes_per_token(manifest, target))
+            HumanBytes(manifest.model.kv_bytes_per_token(target.dtype))
         )?;
         let gpu = predicted_for(target, gpu);
         let predicted =
@@ -192,12 +192,6 @@ fn to_text(manifest: &Manifest, kernels: bool, gpu: Option<Gpu>) -> Result<Strin
         }
     }
     Ok(text)
-}
-
-/// Bytes of keys and values that a token leaves behind.
-fn kv_bytes_per_token(manifest: &Manifest, target: &Target) -> u64 {
-    let elements = 2 * u64::from(manifest.model.layers) * u64::from(manifest.model.hidden_size);
-    elements * target.dtype.size_bytes() as u64
 }
 
 /// Bytes of matrices, biases and norms that a step reads once, whatever the number of its tokens.

@@ -65,6 +65,14 @@ pub struct ModelInfo {
     pub pad_token_id: Option<u32>,
 }
 
+impl ModelInfo {
+    /// Bytes of the keys and values that a position leaves behind in all layers, of elements of `dtype`. What a device
+    /// fills up its blocks with is not counted.
+    pub fn kv_bytes_per_token(&self, dtype: DType) -> u64 {
+        2 * u64::from(self.layers) * u64::from(self.hidden_size) * dtype.size_bytes() as u64
+    }
+}
+
 /// Bounds on requests.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Limits {

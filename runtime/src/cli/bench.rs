@@ -10,7 +10,7 @@ use anyhow::{bail, ensure};
 use comfy_table::{Table, presets};
 use indicatif::ProgressBar;
 use kiln_bundle::{
-    Activations, BLOCK_TOKENS, Manifest, Phase, Target, WeightFormat,
+    Activations, Manifest, Phase, Target, WeightFormat,
     packing::Layout,
     work::{StepSize, step_work},
 };
@@ -235,8 +235,7 @@ fn report(
         ),
     };
     let facts = engine.facts();
-    let block_bytes = facts.memory.kv_bytes / u64::from(facts.kv_blocks.max(1));
-    let position_bytes = block_bytes / BLOCK_TOKENS as u64;
+    let position_bytes = manifest.model.kv_bytes_per_token(target.dtype);
     let weight_bytes = decode_weight_bytes(target);
     let step_kv_bytes =
         |run: &Run| run.decode.kv_positions * position_bytes / run.decode.steps.max(1);

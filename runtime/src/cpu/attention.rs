@@ -1,16 +1,17 @@
 //! Causal attention over a paged KV cache, for prefill and decode alike.
 //!
-//! Queries are taken in tiles of a few rows, which share what is loaded of the keys and values; of their scores those of
-//! a chunk of positions are kept, never a (T, T) matrix. A row's *share* of a chunk is the sum of its values, weighted by
-//! a softmax of the chunk alone; shares are merged in order.
+//! Queries are taken in tiles of a few rows, which share what is loaded of the keys and values; of their scores
+//! those of a chunk of positions are kept, never a (T, T) matrix. A row's *share* of a chunk is the sum of its values,
+//! weighted by a softmax of the chunk alone; shares are merged in order.
 //!
 //! A row's bits depend on its own query and on the positions up to its own: scores are chains over d, a softmax has an
 //! exact maximum and sums by position modulo 16, a weighted sum of values is a chain over positions. Tiles, chunks of a
 //! prompt, batches and threads change none of these. Slots behind a row's last position are masked before they can take
 //! part, whatever they hold.
 //!
-//! A single row of a sequence is no tile: its chunks are tasks of their own, in which all heads take what they want of
-//! a block before any goes on to the next. So a thread streams keys, and then values, as they lie in memory.
+//! A single row of a sequence is no tile. Tasks are of its chunks, cut between heads only where threads are to have as
+//! much to do; in a chunk, all heads take what they want of a block before any goes on to the next. So a thread streams
+//! keys, and then values, as they lie in memory.
 
 use super::kv_cache::{KvCache, KvLayout, width};
 use super::norm;
@@ -51,19 +52,11 @@ impl Sequence<'_> {
         self.past + self.rows
     }
 
-    /// Where it has a single row: the chunks of positions that it attends to.
-    fn chunks_of_row(&self) -> usize {
-        match self.rows {
-            1 => self.kv_len().div_ceil(CHUNK),
-            _ => 0,
-        }
-    }
-
-    /// Those whose shares are put away until all of them are there: none if there is but one.
+    /// Where it has a single row that attends to several chunks: these, whose shares wait for each other.
     fn waiting_chunks(&self) -> usize {
-        match self.chunks_of_row() {
-            1 => 0,
-            chunks => chunks,
+        match self.kv_len().div_ceil(CHUNK) {
+            chunks if self.rows == 1 && chunks > 1 => chunks,
+            _ => 0,
         }
     }
 }
@@ -218,11 +211,11 @@ fn attend<F: Factors>(
                 let part = part(w);
                 let chunk = (left.start - w.first) / (heads * CHUNK);
                 let chunk_start = w.first + chunk * heads * CHUNK;
-                let len = CHUNK.min(part.sequence.kv_len() - chunk * CHUNK);
+                let positions = chunk * CHUNK..part.sequence.kv_len().min((chunk + 1) * CHUNK);
                 // A head falls to the task in which it begins.
-                let head = |at: usize| (at - chunk_start).div_ceil(len).min(heads);
+                let head = |at: usize| (at - chunk_start).div_ceil(positions.len()).min(heads);
                 let of_task = head(left.start)..head(left.end);
-                left.start = left.end.min(chunk_start + heads * len);
+                left.start = left.end.min(chunk_start + heads * positions.len());
                 let shares = (part.sequence.waiting_chunks() > 0).then(|| {
                     let first = w.first_share + chunk * heads + of_task.start;
                     // SAFETY: these heads' shares of the chunk belong to this task.
@@ -230,7 +223,7 @@ fn attend<F: Factors>(
                 });
                 isa.run(Outlined(AttendRow {
                     part,
-                    chunk,
+                    positions,
                     heads: of_task,
                     scratch: &mut *scratch,
                     shares,
@@ -384,7 +377,8 @@ impl<F: Factors> AttendTile<'_, F> {
 /// A sequence's only query, in neighbouring heads, and a chunk of positions.
 struct AttendRow<'a, F: Factors> {
     part: Part<'a, F>,
-    chunk: usize,
+    /// Of the chunk.
+    positions: Range<usize>,
     heads: Range<usize>,
     scratch: &'a mut [f32],
     /// Where the heads' shares are put if they wait for others.
@@ -400,8 +394,7 @@ impl<F: Factors> Kernel for AttendRow<'_, F> {
         let AttendRow { part, heads, .. } = self;
         let head_dim = part.op.cache.layout.head_dim;
         let (share_len, q_len) = (share_len(head_dim), width(head_dim));
-        let first = self.chunk * CHUNK;
-        let len = CHUNK.min(part.sequence.kv_len() - first);
+        let (first, len) = (self.positions.start, self.positions.len());
 
         // A block's scores are a line of each head.
         let (q, rest) = self.scratch.split_at_mut(heads.len() * q_len);
@@ -409,11 +402,11 @@ impl<F: Factors> Kernel for AttendRow<'_, F> {
         for (i, head) in heads.clone().enumerate() {
             part.load_query::<S, 1>(simd, 0, head, &mut q[i * q_len..]);
         }
-        let mut lines = scores.chunks_exact_mut(LINE);
-        for block in (first..first + len).step_by(BLOCK_TOKENS) {
-            for ((i, head), line) in heads.clone().enumerate().zip(&mut lines) {
+        for block in (0..len).step_by(BLOCK_TOKENS) {
+            for (i, head) in heads.clone().enumerate() {
                 let q = &bytemuck::cast_slice(&q[i * q_len..])[..inputs::<F>(head_dim) / F::INPUTS];
-                part.score_row(simd, head, block / BLOCK_TOKENS, q, line);
+                let line = &mut scores[block * heads.len() + i * LINE..];
+                part.score_row(simd, head, (first + block) / BLOCK_TOKENS, q, line);
             }
         }
         let waits = self.shares.is_some();
@@ -465,23 +458,22 @@ impl<'b, F: Factors, I: Iterator<Item = &'b mut [f32]>> Kernel for MergeShares<'
 #[inline(always)]
 fn merge<S: Simd>(simd: S, merged: &mut [f32], share: &[f32]) {
     assert!(merged.len() == share.len() && share.len().is_multiple_of(LANES));
-    let sums = share.len() - LANES;
-    let [maximum, later] = [merged[sums], share[sums]];
-    let [total, later_total] = [merged[sums + 1], share[sums + 1]];
-    let both = simd.max_lanes(simd.max(simd.splat(maximum), simd.splat(later)));
+    let maximum_at = share.len() - LANES;
+    let [maximum, later] = [merged[maximum_at], share[maximum_at]];
+    let both = if maximum > later { maximum } else { later };
     let factor = |maximum: f32| simd.exp(simd.splat(maximum - both));
     let [factor, later_factor] = [factor(maximum), factor(later)];
-    let scaled = |kept: S::V, later: S::V| simd.fma(later, later_factor, simd.mul(kept, factor));
-    for d in (0..sums).step_by(LANES) {
+    // The sums of values and the line of numbers, of which the maximum is put right.
+    for d in (0..share.len()).step_by(LANES) {
         // SAFETY: both have these values.
         unsafe {
             let p = merged.as_mut_ptr().add(d);
+            let kept = simd.mul(simd.load_f32(p), factor);
             let later = simd.load_f32(share.as_ptr().add(d));
-            simd.store_f32(p, scaled(simd.load_f32(p), later));
+            simd.store_f32(p, simd.fma(later, later_factor, kept));
         }
     }
-    let total = scaled(simd.splat(total), simd.splat(later_total));
-    merged[sums..][..2].copy_from_slice(&[both, simd.max_lanes(total)]);
+    merged[maximum_at] = both;
 }
 
 impl<F: Factors> Part<'_, F> {
@@ -526,9 +518,10 @@ impl<F: Factors> Part<'_, F> {
         let blocks = positions.len().div_ceil(BLOCK_TOKENS);
         assert!(scores.len() >= blocks * ROWS * LINE && q.len() >= ROWS * width(head_dim));
         for first in (0..blocks).step_by(S::TILE_VECTORS) {
+            // Within the whole cache, since a tile goes from one block to another.
             let keys = |block: usize| {
-                self.keys(head, first_block + block.min(blocks - 1))
-                    .as_ptr()
+                let range = self.keys_range(head, first_block + block.min(blocks - 1));
+                self.cache[range.start..].as_ptr()
             };
             let [one, other, next] = [first, first + 1, first + S::TILE_VECTORS].map(keys);
             let tile = Tile::<F> {
@@ -536,8 +529,8 @@ impl<F: Factors> Part<'_, F> {
                 a: q.as_ptr().cast(),
                 b: one,
                 b_step: BLOCK_TOKENS,
-                // SAFETY: both lie in the cache.
-                b_vector: unsafe { other.offset_from(one) },
+                b_vector: (other.addr() as isize - one.addr() as isize)
+                    / size_of::<F::Element>() as isize,
                 c: scores[first * ROWS * LINE..].as_mut_ptr(),
                 c_stride: LINE,
                 c_vector: ROWS * LINE,
@@ -567,7 +560,7 @@ impl<F: Factors> Part<'_, F> {
         q: &[u32],
         scores: &mut [f32],
     ) {
-        let keys = self.keys(head, block).as_ptr();
+        let keys = self.cache[self.keys_range(head, block)].as_ptr();
         let mut sum = simd.zero();
         let inputs = F::WORDS * F::INPUTS;
         for (d, words) in (0..).step_by(inputs).zip(q.chunks_exact(F::WORDS)) {
@@ -693,11 +686,11 @@ impl<F: Factors> Part<'_, F> {
         }
     }
 
-    /// A head's keys in the sequence's block `i`.
+    /// Where a head's keys are in the sequence's block `i`.
     #[inline(always)]
-    fn keys(&self, head: usize, i: usize) -> &[F::Element] {
+    fn keys_range(&self, head: usize, i: usize) -> Range<usize> {
         let KvCache { layout, layer, .. } = self.op.cache;
-        &self.cache[layout.keys(self.sequence.block_table[i] as usize, layer, head)]
+        layout.keys(self.sequence.block_table[i] as usize, layer, head)
     }
 
     /// A head's values in the sequence's block `i`.
@@ -708,9 +701,9 @@ impl<F: Factors> Part<'_, F> {
     }
 }
 
-/// Turns the first `len` scores of one of `rows` rows in lines into words of `exp(score - maximum)`, at the beginning of
-/// each line, and returns the maximum and the words' sum: by position modulo 16 first, then across. What follows them up
-/// to a whole line becomes zero.
+/// Turns the first `len` scores of one of `rows` rows in lines into words of `exp(score - maximum)`, at the beginning
+/// of each line, and returns the maximum and the sum of these weights before they are rounded: by position modulo 16
+/// first, then across. What follows them up to a whole line becomes zero.
 #[inline(always)]
 fn softmax<F: Factors, S: Simd>(simd: S, scores: &mut [f32], rows: usize, len: usize) -> [f32; 2] {
     let last = (len - 1) / LINE;
@@ -724,7 +717,8 @@ fn softmax<F: Factors, S: Simd>(simd: S, scores: &mut [f32], rows: usize, len: u
         for i in 0..last {
             maximum = simd.max(maximum, simd.load_f32(line(i)));
         }
-        let greatest = simd.max_lanes(maximum);
+        // A chunk of nothing but -inf has weights of 0 beside others.
+        let greatest = simd.max_lanes(maximum).max(f32::MIN);
         let maximum = simd.splat(greatest);
         let mut sum = simd.zero();
         for i in 0..last {
@@ -742,6 +736,7 @@ fn softmax<F: Factors, S: Simd>(simd: S, scores: &mut [f32], rows: usize, len: u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::Isa;
     use crate::cpu::kv_cache::{KvCacheMut, write_kv};
     use crate::cpu::testing::{Elements, Random, bits, cpu, cpus, isas};
 
@@ -979,6 +974,24 @@ mod tests {
                     assert_eq!(bits(&out[0]), bits(&whole[1][19 * cols..]));
                     assert_eq!(bits(&out[1]), bits(&whole[0]));
                     assert_eq!(bits(&out[2]), bits(&whole[2][2 * cols..]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn long_rows_decode_together_as_they_were_prefilled() {
+        let lens = [2 * CHUNK + 75, CHUNK + 1, CHUNK, 3, 3 * CHUNK];
+        for (heads, kind) in [(2, 0), (3, 2), (5, 3)] {
+            for threads in 1..=5 {
+                let mut cpu = cpu(Isa::of_machine(), threads);
+                let mut batch = Batch::new(heads, 16, &lens, kind);
+                let whole = batch.prefill(&mut cpu);
+                let last = lens.iter().map(|len| len - 1..*len).enumerate();
+                let out = batch.step(&mut cpu, &last.collect::<Vec<_>>());
+                for (s, out) in out.iter().enumerate() {
+                    let expect = &whole[s][(lens[s] - 1) * batch.cols()..];
+                    assert_eq!(bits(out), bits(expect), "{threads} threads, {s}");
                 }
             }
         }

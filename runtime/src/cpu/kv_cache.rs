@@ -66,7 +66,7 @@ impl KvLayout {
 
 /// Components that a key or a value takes: whole vectors.
 pub(super) const fn width(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(LANES)
+    head_dim.div_ceil(LANES).saturating_mul(LANES)
 }
 
 /// One layer's keys and values, to read.

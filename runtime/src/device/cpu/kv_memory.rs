@@ -25,7 +25,8 @@ impl KvMemory {
     pub(super) fn new(model: &ModelInfo, dtype: DType, blocks: usize) -> io::Result<KvMemory> {
         let block_bytes = KvMemory::block_bytes(model, dtype);
         let map = map_zeros(block_bytes.saturating_mul(blocks as u64))?;
-        // A sequence's blocks are read from end to end, and a page is hardly more than one of them.
+        // A layer's part of a block is read in one stream, and blocks are taken whole: a page holds little that
+        // nobody uses.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         Ok(KvMemory {

@@ -269,6 +269,7 @@ fn check_plan(target: &Target) -> Result<(), String> {
 
 /// Zeroed memory that is not taken before it is touched.
 fn map_zeros(bytes: u64) -> io::Result<MmapMut> {
-    let bytes = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-    MmapMut::map_anon(bytes.max(1).next_multiple_of(ALIGN_BYTES))
+    let bytes = usize::try_from(bytes).ok();
+    let bytes = bytes.and_then(|bytes| bytes.max(1).checked_next_multiple_of(ALIGN_BYTES));
+    MmapMut::map_anon(bytes.ok_or(io::ErrorKind::OutOfMemory)?)
 }
