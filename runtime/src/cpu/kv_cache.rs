@@ -3,14 +3,15 @@
 //! A block holds [`BLOCK_TOKENS`] positions, of all layers and heads, in one piece: what a sequence takes of the memory
 //! grows by whole blocks, and so by few pages, however large these are. In each layer a head's keys lie as (D, 16), so
 //! that a vector holds one component of sixteen neighbouring keys and scores need no sums across lanes; its values lie
-//! as (16, D). D is rounded up to whole vectors. Of bf16, two neighbours of what sums go along make a word: keys lie as (D / 2, 16, 2), values as
-//! (8, D, 2).
+//! as (16, D). D is rounded up to whole vectors. Of bf16, two neighbours of what sums go along make a word, as in
+//! panels: keys lie as (D / 2, 16, 2), values as (8, D, 2).
 
 use super::scratch::Shards;
 use super::simd::{Element, Kernel, LANES, Simd};
 use super::storage::{Storage, StorageMut};
 use super::{Cpu, Rows, norm};
-use kiln_bundle::BLOCK_TOKENS;
+use kiln_bundle::packing::together;
+use kiln_bundle::{BLOCK_TOKENS, DType};
 use std::ops::Range;
 
 /// Where keys and values lie in a cache.
@@ -137,9 +138,15 @@ pub fn write_kv(
     );
     let rows = [keys, values];
     match &mut cache.data {
-        StorageMut::F32(data) => scatter::<_, 1>(cpu, rows, slot_mapping, data, layout, layer),
-        StorageMut::F16(data) => scatter::<_, 1>(cpu, rows, slot_mapping, data, layout, layer),
-        StorageMut::Bf16(data) => scatter::<_, 2>(cpu, rows, slot_mapping, data, layout, layer),
+        StorageMut::F32(data) => {
+            scatter::<_, { together(DType::F32) }>(cpu, rows, slot_mapping, data, layout, layer)
+        }
+        StorageMut::F16(data) => {
+            scatter::<_, { together(DType::F16) }>(cpu, rows, slot_mapping, data, layout, layer)
+        }
+        StorageMut::Bf16(data) => {
+            scatter::<_, { together(DType::Bf16) }>(cpu, rows, slot_mapping, data, layout, layer)
+        }
     }
 }
 
@@ -218,26 +225,30 @@ impl<E: Element, const TOGETHER: usize> Kernel for WriteSlot<'_, E, TOGETHER> {
             for row in self.ahead.into_iter().flatten() {
                 simd.prefetch(row[d..].as_ptr().cast());
             }
-            let [mut key, mut value] = [[E::zeroed(); LANES]; 2];
-            // SAFETY: so many values are left, and the arrays and the value's row hold whole vectors.
+            let mut rounded = [E::zeroed(); LANES];
+            // SAFETY: so many values are left, and the array holds a vector.
             unsafe {
-                let rounded = norm::load(simd, self.key.as_ptr().add(d), head_dim - d);
-                E::store(simd, key.as_mut_ptr(), rounded);
-                let rounded = norm::load(simd, self.value.as_ptr().add(d), head_dim - d);
-                match TOGETHER {
-                    1 => E::store(simd, value_row.as_mut_ptr().add(d), rounded),
-                    _ => E::store(simd, value.as_mut_ptr(), rounded),
-                }
+                let key = norm::load(simd, self.key.as_ptr().add(d), head_dim - d);
+                E::store(simd, rounded.as_mut_ptr(), key);
             }
             let vectors =
                 self.key_block[d * BLOCK_TOKENS..].chunks_exact_mut(TOGETHER * BLOCK_TOKENS);
-            for (vector, key) in vectors.zip(key.chunks_exact(TOGETHER)) {
+            for (vector, key) in vectors.zip(rounded.chunks_exact(TOGETHER)) {
                 vector[TOGETHER * offset..][..TOGETHER].copy_from_slice(key);
             }
-            if TOGETHER > 1 {
-                let words = value_row[TOGETHER * d..].chunks_exact_mut(TOGETHER);
-                for (word, value) in words.zip(value) {
-                    word[offset % TOGETHER] = value;
+
+            // SAFETY: as above, and the row holds whole vectors where its words are of one element.
+            unsafe {
+                let value = norm::load(simd, self.value.as_ptr().add(d), head_dim - d);
+                match TOGETHER {
+                    1 => E::store(simd, value_row.as_mut_ptr().add(d), value),
+                    _ => {
+                        E::store(simd, rounded.as_mut_ptr(), value);
+                        let words = &mut value_row[TOGETHER * d..][..TOGETHER * LANES];
+                        for (word, value) in words.chunks_exact_mut(TOGETHER).zip(rounded) {
+                            word[offset % TOGETHER] = value;
+                        }
+                    }
                 }
             }
         }
