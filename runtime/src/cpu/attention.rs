@@ -125,7 +125,11 @@ pub fn attention(cpu: &mut Cpu, op: &Attention<'_>, mut out: RowsMut<'_>) {
         Storage::F32(cache) => attend::<Singles<_>>(cpu, op, cache, &mut out),
         Storage::F16(cache) => attend::<Singles<_>>(cpu, op, cache, &mut out),
         Storage::Bf16(cache) => match op.activations {
-            Some(Activations::Bf16) => attend::<Bf16Pairs>(cpu, op, cache, &mut out),
+            Some(Activations::Bf16) => match cpu.isa.multiplies_tiles() {
+                // Processors that have tiles are slow at products of pairs.
+                true => attend::<Bf16Singles<true>>(cpu, op, cache, &mut out),
+                false => attend::<Bf16Pairs>(cpu, op, cache, &mut out),
+            },
             _ => attend::<Bf16Singles>(cpu, op, cache, &mut out),
         },
     }

@@ -10,6 +10,7 @@
 //! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
 //! fetched. Weights are converted in registers.
 
+use super::amx::{ROUNDED, TiledFloats, TiledIntegers, TiledRows, WHOLE};
 use super::matrix::{Ahead, Floats, Integers, Matrix, Part, PreparedRow};
 use super::norm::{self, Stats};
 use super::pool::partition;
@@ -60,7 +61,8 @@ pub struct Linear<'a> {
     /// Added last.
     pub residual: Option<Residual<'a>>,
     /// What rows are rounded to, where W is of the same kind of numbers; else they stay `f32`, or become
-    /// integers of 16 bits beside integers.
+    /// integers of 16 bits beside integers, and two pieces of bf16 beside bf16 where products are of tiles
+    /// ([`super::Isa::Amx`]).
     pub activations: Option<Activations>,
 }
 
@@ -125,8 +127,6 @@ impl<'a> Linear<'a> {
     }
 }
 
-/// Rows of x that a block meets: their share of x stays in the L2 cache.
-const CHUNK_ROWS: usize = 96;
 /// Up to this many rows a chunk is not cut for the sake of more threads: W would be read more than once.
 const STREAMED_ROWS: usize = 32;
 /// Values of x up to which every thread prepares them for itself: it need not wait for another.
@@ -147,10 +147,14 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
             multiply(cpu, op, Floats::<Singles<_>>::new(weight, k), x, &mut out);
         }
         Panels::Float(Storage::Bf16(weight)) => match op.activations {
-            Some(Activations::Bf16) => {
-                multiply(cpu, op, Floats::<Bf16Pairs>::new(weight, k), x, &mut out);
-            }
-            _ => multiply(cpu, op, Floats::<Bf16Singles>::new(weight, k), x, &mut out),
+            Some(Activations::Bf16) => match TiledFloats::<ROUNDED>::new(cpu.isa, weight, k) {
+                Some(tiled) => multiply(cpu, op, tiled, x, &mut out),
+                None => multiply(cpu, op, Floats::<Bf16Pairs>::new(weight, k), x, &mut out),
+            },
+            _ => match TiledFloats::<WHOLE>::new(cpu.isa, weight, k) {
+                Some(tiled) => multiply(cpu, op, tiled, x, &mut out),
+                None => multiply(cpu, op, Floats::<Bf16Singles>::new(weight, k), x, &mut out),
+            },
         },
         Panels::Int(panels) => match panels.format {
             IntFormat::Int8 { .. } => multiply_integers::<Bytes>(cpu, op, panels, x, &mut out),
@@ -169,12 +173,25 @@ fn multiply_integers<C: Codes>(
     let k = op.weight.k();
     match op.activations {
         Some(Activations::Int8) => {
-            multiply(cpu, op, Integers::<C, Quads>::new(panels, k), x, out);
+            multiply_quads(cpu, op, Integers::<C, Quads>::new(panels, k), x, out);
         }
         _ if cpu.isa.multiplies_quads() => {
-            multiply(cpu, op, Integers::<C, Halves>::new(panels, k), x, out);
+            multiply_quads(cpu, op, Integers::<C, Halves>::new(panels, k), x, out);
         }
         _ => multiply(cpu, op, Integers::<C, Pairs>::new(panels, k), x, out),
+    }
+}
+
+fn multiply_quads<C: Codes, R: TiledRows>(
+    cpu: &mut Cpu,
+    op: &Linear<'_>,
+    weight: Integers<'_, C, R>,
+    x: Rows<'_>,
+    out: &mut RowsMut<'_>,
+) {
+    match TiledIntegers::new(cpu.isa, weight, out.rows()) {
+        Some(tiled) => multiply(cpu, op, tiled, x, out),
+        None => multiply(cpu, op, weight, x, out),
     }
 }
 
@@ -212,7 +229,7 @@ fn multiply<M: Matrix>(
         (None, rows_len)
     };
 
-    let sums_len = CHUNK_ROWS.next_multiple_of(tiles.tallest()) * PANEL;
+    let sums_len = M::CHUNK_ROWS.next_multiple_of(tiles.tallest()) * PANEL;
     let threads = &mut cpu.scratch.threads;
     for buffer in threads.iter_mut() {
         buffer.reserve(sums_len + own_len);
@@ -229,7 +246,7 @@ fn multiply<M: Matrix>(
         out: out.shared(),
     };
     let panels = panels(op.weight.n());
-    let chunks = chunks(&tiles, panels, pool.threads());
+    let chunks = chunks::<M>(&tiles, panels, pool.threads());
     let (product, prepare) = (&product, &prepare);
     pool.parallel_ranges(chunks * panels, |thread| {
         // SAFETY: a thread uses the buffer of its own number.
@@ -267,8 +284,8 @@ impl<M: Matrix> Kernel for TileRows<M> {
 }
 
 /// Chunks of tiles: few enough to make use of W's blocks, enough to give every thread work.
-fn chunks(tiles: &Tiles, panels: usize, threads: usize) -> usize {
-    let for_cache = tiles.rows.div_ceil(CHUNK_ROWS);
+fn chunks<M: Matrix>(tiles: &Tiles, panels: usize, threads: usize) -> usize {
+    let for_cache = tiles.rows.div_ceil(M::CHUNK_ROWS);
     let for_threads = (3 * threads)
         .div_ceil(panels)
         .min(tiles.rows.div_ceil(STREAMED_ROWS));
@@ -509,9 +526,10 @@ impl<M: Matrix> MultiplyPanels<'_, M> {
     /// `once`, the weights are used once, and blocks are of no use.
     #[inline(always)]
     fn multiply<S: Simd, const VECTORS: usize>(mut self, simd: S, once: bool) {
+        let mut state = M::State::default();
         for task in self.tasks.clone() {
             let tiles = partition(self.product.tiles.count, self.chunks, task / self.panels);
-            self.multiply_panel::<S, VECTORS>(simd, task % self.panels, tiles, once);
+            self.multiply_panel::<S, VECTORS>(simd, task % self.panels, tiles, once, &mut state);
         }
     }
 
@@ -522,6 +540,7 @@ impl<M: Matrix> MultiplyPanels<'_, M> {
         panel: usize,
         tiles: Range<usize>,
         once: bool,
+        state: &mut M::State,
     ) {
         let product = self.product;
         let (k, cut, weight) = (product.k, product.tiles, product.weight);
@@ -567,7 +586,7 @@ impl<M: Matrix> MultiplyPanels<'_, M> {
                     }
                     // SAFETY: the panel has these inputs, the prepared rows as many values and sums,
                     // and the sums a row for each row of the chunk.
-                    unsafe { weight.multiply::<S, VECTORS>(simd, &part) };
+                    unsafe { weight.multiply::<S, VECTORS>(simd, &part, state) };
                     if inputs.end == k {
                         // SAFETY: the tile has written these sums; the outputs of this chunk and panel belong
                         // to this task.
@@ -774,8 +793,13 @@ mod tests {
             (7, 40, 64),
         ]
         .into_iter()
-        .chain([(13, 96, 600), (33, 70, 129), (200, 65, 90), (3, 33, 1111)])
-        {
+        .chain([
+            (13, 96, 600),
+            (33, 70, 129),
+            (200, 65, 90),
+            (3, 33, 1111),
+            (65, 33, 1088),
+        ]) {
             let case = Case::new(t, n, k);
             for packed in Packed::each(&case.weight, n, k) {
                 for variant in VARIANTS {
@@ -801,8 +825,8 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_in_any_company() {
-        let (n, k) = (100, 520);
-        for isa in isas() {
+        for (isa, k) in isas().flat_map(|isa| [(isa, 520), (isa, 640)]) {
+            let n = 100;
             let all = Case::new(300, n, k);
             for packed in Packed::each(&all.weight, n, k) {
                 for variant in VARIANTS {
@@ -837,13 +861,17 @@ mod tests {
 
     #[test]
     fn instruction_sets_agree() {
-        for t in [1, 4, 40] {
-            let case = Case::new(t, 70, 300);
+        for (t, k) in [1, 4, 40].into_iter().flat_map(|t| [(t, 300), (t, 640)]) {
+            let case = Case::new(t, 70, k);
             for packed in Packed::each(&case.weight, case.n, case.k) {
                 for variant in VARIANTS {
                     let op = case.linear(&packed, variant);
-                    let mut found =
-                        fused_isas().map(|isa| (isa, bits(&case.run(&mut cpu(isa, 2), &op))));
+                    // Tiles have an order of their own for sums of bf16.
+                    let in_tiles = k.is_multiple_of(32)
+                        && matches!(op.weight.data, Panels::Float(Storage::Bf16(_)));
+                    let mut found = fused_isas()
+                        .filter(|isa| !(in_tiles && isa.multiplies_tiles()))
+                        .map(|isa| (isa, bits(&case.run(&mut cpu(isa, 2), &op))));
                     let Some((first, expect)) = found.next() else {
                         return;
                     };

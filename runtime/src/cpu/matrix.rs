@@ -22,10 +22,15 @@ const BLOCK_BYTES: usize = if cfg!(test) { 16 } else { 64 } * 1024;
 /// The rows of a tile are *prepared* together: values of four bytes in lines, (values / LINE, rows, LINE), each of
 /// one input or several; and where rows are cut into runs, the scale and the sum of each, (runs, rows, 2).
 pub(super) trait Matrix: Copy + Sync {
+    /// What a thread keeps from one part to the next.
+    type State: Default;
+
     /// Inputs of a step of a tile.
     const STEP_INPUTS: usize;
     /// Whether the values are those of the row itself, if these make up whole steps.
     const AS_THEY_ARE: bool = false;
+    /// Rows of x that a block meets: their share of x stays in the L2 cache.
+    const CHUNK_ROWS: usize = 96;
 
     /// Rows of the tallest tile.
     fn tile_rows<S: Simd>() -> usize;
@@ -47,18 +52,9 @@ pub(super) trait Matrix: Copy + Sync {
     /// Bytes that `inputs` inputs of a panel take, about.
     fn bytes(&self, inputs: usize) -> usize;
 
-    /// Products of a row and a line of the cache's weights.
-    fn line_products() -> usize;
-
     /// Bytes from the weights being multiplied to those being asked for, by a tile of `rows` rows that meets
     /// each once.
-    fn prefetch_bytes(rows: usize) -> usize {
-        // Where memory is slower than the tile, asking is in the way of the processor's own looking ahead.
-        match rows == 1 || Self::line_products() == 1 {
-            true => 0,
-            false => 2048,
-        }
-    }
+    fn prefetch_bytes(rows: usize) -> usize;
 
     /// The block that begins with input `k`; what lies behind the panel for its end.
     fn block(&self, panel: usize, k: usize) -> Block;
@@ -70,7 +66,21 @@ pub(super) trait Matrix: Copy + Sync {
     ///
     /// # Safety
     /// `part` is within the panel, its operands exist.
-    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part);
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(
+        &self,
+        simd: S,
+        part: &Part,
+        state: &mut Self::State,
+    );
+}
+
+/// As [`Matrix::prefetch_bytes`], given the products of a row and a line of the cache's weights.
+fn prefetch_bytes(rows: usize, line_products: usize) -> usize {
+    // Where memory is slower than the tile, asking is in the way of the processor's own looking ahead.
+    match rows == 1 || line_products == 1 {
+        true => 0,
+        false => 2048,
+    }
 }
 
 /// Where row `r` of a tile is written to.
@@ -86,7 +96,7 @@ pub(super) struct PreparedRow<'a> {
 
 impl<'a> PreparedRow<'a> {
     /// The row's lines, (LINE) each, and the scales and sums of its runs, (2) each.
-    fn parts(
+    pub(super) fn parts(
         self,
     ) -> (
         impl Iterator<Item = &'a mut [f32]>,
@@ -145,6 +155,17 @@ pub(super) enum Ahead {
     At(*const u8, usize),
 }
 
+impl Ahead {
+    /// Where the first step asks, and from a step to the next, given `weights` and how many bytes of them a step takes.
+    #[inline(always)]
+    pub(super) fn from(self, weights: *const u8, step_bytes: usize) -> (*const u8, usize) {
+        match self {
+            Ahead::Behind(bytes) => (weights.wrapping_add(bytes), step_bytes),
+            Ahead::At(ahead, step) => (ahead, step),
+        }
+    }
+}
+
 /// Panels of floating-point numbers, and rows for [`Factors`] of that kind.
 #[derive(Clone, Copy)]
 pub(super) struct Floats<'a, F: Factors> {
@@ -162,6 +183,8 @@ impl<'a, F: Factors> Floats<'a, F> {
 }
 
 impl<F: Factors> Matrix for Floats<'_, F> {
+    type State = ();
+
     const STEP_INPUTS: usize = F::INPUTS * F::WORDS;
     const AS_THEY_ARE: bool = F::AS_THEY_ARE;
 
@@ -185,8 +208,8 @@ impl<F: Factors> Matrix for Floats<'_, F> {
         inputs * PANEL * size_of::<F::Element>()
     }
 
-    fn line_products() -> usize {
-        size_of::<f32>() / size_of::<F::Element>() / F::INPUTS
+    fn prefetch_bytes(rows: usize) -> usize {
+        prefetch_bytes(rows, size_of::<f32>() / size_of::<F::Element>() / F::INPUTS)
     }
 
     #[inline(always)]
@@ -215,12 +238,9 @@ impl<F: Factors> Matrix for Floats<'_, F> {
     }
 
     #[inline(always)]
-    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part, (): &mut ()) {
         let block = part.block.weights;
-        let (ahead, ahead_step) = match part.ahead {
-            Ahead::Behind(bytes) => (block.wrapping_add(bytes), self.bytes(Self::STEP_INPUTS)),
-            Ahead::At(ahead, step) => (ahead, step),
-        };
+        let (ahead, ahead_step) = part.ahead.from(block, self.bytes(Self::STEP_INPUTS));
         let tile = Tile::<F> {
             k: part.inputs.len(),
             a: part.x.cast(),
@@ -250,10 +270,12 @@ pub(super) struct Integers<'a, C, R> {
     group: usize,
     group_bytes: usize,
     panel_bytes: usize,
+    /// Pieces of a row's integers that share a line.
+    line_pieces: usize,
     words: PhantomData<(C, R)>,
 }
 
-impl<'a, C, R> Integers<'a, C, R> {
+impl<'a, C: Codes, R: IntRows> Integers<'a, C, R> {
     /// Panels of `k` inputs.
     pub(super) fn new(panels: IntPanels<'a>, k: usize) -> Integers<'a, C, R> {
         let group = panels.format.group(k).max(1);
@@ -263,12 +285,58 @@ impl<'a, C, R> Integers<'a, C, R> {
             group,
             group_bytes: panels.format.group_bytes(group),
             panel_bytes: panels.format.panel_bytes(k),
+            line_pieces: R::PIECES,
             words: PhantomData,
         }
     }
-}
 
-impl<C: Codes, R: IntRows> Integers<'_, C, R> {
+    /// The same for rows of which each piece lies in lines of its own.
+    pub(super) fn with_pieces_apart(self) -> Integers<'a, C, R> {
+        Integers {
+            line_pieces: 1,
+            ..self
+        }
+    }
+
+    /// Whether each run is of whole `inputs`.
+    pub(super) fn runs_are_of(&self, inputs: usize) -> bool {
+        self.group.is_multiple_of(inputs) && self.k.is_multiple_of(inputs)
+    }
+
+    /// Of each run of a part its codes, its scales, behind which its minima lie, and its inputs.
+    #[inline(always)]
+    pub(super) fn runs_of(
+        &self,
+        part: &Part,
+    ) -> impl Iterator<Item = (*const C, *const bf16, usize)> + use<C, R> {
+        let (len, group, group_bytes) = (part.inputs.len(), self.group, self.group_bytes);
+        let codes = part.block.weights.cast::<C>();
+        let scales = part.block.scales.cast::<bf16>();
+        (0..len).step_by(group).flat_map(move |first| {
+            let bytes = first / group * group_bytes;
+            let inputs = group.min(len - first);
+            (0..inputs).step_by(RUN).map(move |at| {
+                let codes = codes.wrapping_byte_add(bytes);
+                (
+                    codes.wrapping_add(at / C::INPUTS * PANEL),
+                    scales.wrapping_byte_add(bytes),
+                    RUN.min(inputs - at),
+                )
+            })
+        })
+    }
+
+    /// Inputs of a block of about so many bytes.
+    pub(super) fn block_inputs_in(&self, bytes: usize) -> usize {
+        // A group's scales lie before its first input: a block is of whole groups, unless there is only
+        // one.
+        let unit = match self.group == self.k {
+            true => RUN,
+            false => self.group,
+        };
+        (bytes / self.bytes(unit)).max(1) * unit
+    }
+
     /// Words of R that a run of inputs takes, so that they meet whole words of C.
     fn words(run: usize) -> usize {
         run.div_ceil(C::INPUTS) * R::words::<C>()
@@ -276,6 +344,8 @@ impl<C: Codes, R: IntRows> Integers<'_, C, R> {
 }
 
 impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
+    type State = ();
+
     const STEP_INPUTS: usize = C::INPUTS;
 
     fn tile_rows<S: Simd>() -> usize {
@@ -297,21 +367,15 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
     }
 
     fn block_inputs(&self) -> usize {
-        // A group's scales lie before its first input: a block is of whole groups, unless there is only
-        // one.
-        let unit = match self.group == self.k {
-            true => RUN,
-            false => self.group,
-        };
-        (BLOCK_BYTES / self.bytes(unit)).max(1) * unit
+        self.block_inputs_in(BLOCK_BYTES)
     }
 
     fn bytes(&self, inputs: usize) -> usize {
         inputs.div_ceil(C::INPUTS) * PANEL * size_of::<C>()
     }
 
-    fn line_products() -> usize {
-        R::words::<C>()
+    fn prefetch_bytes(rows: usize) -> usize {
+        prefetch_bytes(rows, R::words::<C>())
     }
 
     #[inline(always)]
@@ -347,15 +411,23 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
                 R::in_turn::<C>(pieces);
             }
             // Of a word of C the words of one piece lie before those of the next.
-            let (words, parts) = (R::words::<C>(), C::INPUTS / R::INPUTS);
+            let parts = C::INPUTS / R::INPUTS;
+            let words = parts * self.line_pieces;
             for first in (0..run.len()).step_by(LINE / words * C::INPUTS) {
-                let Some(line) = lines.next() else { break };
-                let inputs = (first..).step_by(C::INPUTS);
-                for (words, input) in line.chunks_exact_mut(words).zip(inputs) {
-                    for (words, pieces) in words.chunks_exact_mut(parts).zip(&pieces) {
-                        let pieces = &pieces[input..][..C::INPUTS];
-                        bytemuck::cast_slice_mut::<_, u8>(words)
-                            .copy_from_slice(bytemuck::cast_slice(pieces));
+                for pieces in pieces[..R::PIECES].chunks_exact(self.line_pieces) {
+                    let Some(line) = lines.next() else { break };
+                    if let [pieces] = pieces {
+                        bytemuck::cast_slice_mut(line)
+                            .copy_from_slice(&pieces[first..][..LINE * R::INPUTS]);
+                        continue;
+                    }
+                    let inputs = (first..).step_by(C::INPUTS);
+                    for (words, input) in line.chunks_exact_mut(words).zip(inputs) {
+                        for (words, pieces) in words.chunks_exact_mut(parts).zip(pieces) {
+                            let pieces = &pieces[input..][..C::INPUTS];
+                            bytemuck::cast_slice_mut::<_, u8>(words)
+                                .copy_from_slice(bytemuck::cast_slice(pieces));
+                        }
                     }
                 }
             }
@@ -363,17 +435,14 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
     }
 
     #[inline(always)]
-    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part) {
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(&self, simd: S, part: &Part, (): &mut ()) {
         let format = self.panels.format;
         let codes = part.block.weights;
         let scales = part.block.scales.cast::<bf16>().wrapping_add(part.column);
-        let (ahead, ahead_step, ahead_group) = match part.ahead {
-            Ahead::Behind(bytes) => (
-                codes.wrapping_add(bytes),
-                self.bytes(1),
-                format.header_bytes(),
-            ),
-            Ahead::At(ahead, step) => (ahead, step, 0),
+        let (ahead, ahead_step) = part.ahead.from(codes, self.bytes(Self::STEP_INPUTS));
+        let ahead_group = match part.ahead {
+            Ahead::Behind(_) => format.header_bytes(),
+            Ahead::At(..) => 0,
         };
         let tile = IntTile {
             k: part.inputs.len(),

@@ -1,12 +1,12 @@
 //! How fast this machine multiplies and adds: the yardstick of everything that is bound by it.
 
-use super::ThreadPool;
 use super::simd::{Dots, Isa, Kernel, LANES, Outlined, Simd};
+use super::{ThreadPool, amx};
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Multiplications and additions a second, in units of 10^9, that never leave the registers; of the
-/// fastest of several passes.
+/// Multiplications and additions a second, in units of 10^9, that never leave the registers (those of tiles, the L1
+/// cache); of the fastest of several passes.
 #[derive(Clone, Copy, Debug)]
 pub struct Peak {
     /// Of fused multiply-adds of f32.
@@ -22,6 +22,8 @@ pub struct Peak {
 const PASSES: usize = 9;
 /// Rounds of a pass: a millisecond or so.
 const ROUNDS: usize = 100_000;
+/// The same for tiles.
+const TILE_ROUNDS: usize = 4000;
 /// Chains that a core needs under way at once: latency times operations a cycle, where registers
 /// are vectors (AVX-512), or parts of one.
 const CHAINS: usize = 12;
@@ -29,10 +31,16 @@ const CHAINS_OF_PARTS: usize = 6;
 
 /// Measures all with all threads of `pool`.
 pub fn peak(pool: &ThreadPool, isa: Isa) -> Peak {
-    let int8 = rate(pool, isa, Int8s);
+    let (bf16, int8) = match isa.multiplies_tiles() {
+        true => (
+            rate_of(pool, || amx::multiply_in_cache(Dots::Bf16, TILE_ROUNDS)),
+            rate_of(pool, || amx::multiply_in_cache(Dots::Integers, TILE_ROUNDS)),
+        ),
+        false => (rate(pool, isa, Bf16s), rate(pool, isa, Int8s)),
+    };
     Peak {
         float_gflop_per_s: rate(pool, isa, Floats),
-        bf16_gflop_per_s: rate(pool, isa, Bf16s),
+        bf16_gflop_per_s: bf16,
         // An integer of 16 bits is two of 8 where these are multiplied by one instruction.
         integer_gop_per_s: match isa.multiplies_quads() {
             true => int8 / 2.0,
@@ -43,11 +51,16 @@ pub fn peak(pool: &ThreadPool, isa: Isa) -> Peak {
 }
 
 fn rate<A: Arithmetic>(pool: &ThreadPool, isa: Isa, arithmetic: A) -> f64 {
-    let operations = isa.run(Outlined(Chains(arithmetic))) * pool.threads();
+    rate_of(pool, || isa.run(Outlined(Chains(black_box(arithmetic)))))
+}
+
+/// Of what gives the number of its multiplications and additions.
+fn rate_of(pool: &ThreadPool, pass: impl Fn() -> usize + Sync) -> f64 {
+    let operations = pass() * pool.threads();
     let passes = (0..PASSES).map(|_| {
         let start = Instant::now();
         pool.run(|_| {
-            black_box(isa.run(Outlined(Chains(black_box(arithmetic)))));
+            black_box(pass());
         });
         start.elapsed().as_secs_f64()
     });
@@ -177,14 +190,15 @@ mod tests {
         for isa in isas() {
             let peak = peak(&pool, isa);
             // Sixteen lanes a cycle, in one register or in parts, at less than 6 GHz and with twice the room;
-            // products that were made once for all rounds would be faster than that.
+            // products that were made once for all rounds would be faster than that. Tiles are sixteen rows more.
+            let rows = if isa.multiplies_tiles() { 16.0 } else { 1.0 };
             for (rate, operations) in [
                 (peak.float_gflop_per_s, 2),
                 (peak.bf16_gflop_per_s, 4),
                 (peak.integer_gop_per_s, 4),
                 (peak.int8_gop_per_s, 8),
             ] {
-                let most = 6.0 * 2.0 * 16.0 * f64::from(operations);
+                let most = 6.0 * 2.0 * 16.0 * rows * f64::from(operations);
                 assert!(rate > 0.01 && rate < most, "{isa}: {rate}");
             }
         }

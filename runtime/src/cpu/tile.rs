@@ -166,18 +166,19 @@ impl<E: Element> Factors for Singles<E> {
     }
 }
 
-/// Rows of `f32` beside bf16 whose inputs lie together in twos, the first in the lower half of a word: as [`Singles`].
+/// Rows of `f32`, which may be ROUNDED to bf16, beside bf16 whose inputs lie together in twos, the first in the lower
+/// half of a word: as [`Singles`].
 #[derive(Clone, Copy)]
-pub(super) struct Bf16Singles;
+pub(super) struct Bf16Singles<const ROUNDED: bool = false>;
 
-impl Factors for Bf16Singles {
+impl<const ROUNDED: bool> Factors for Bf16Singles<ROUNDED> {
     type Element = bf16;
     type Column<S: Simd> = S::V;
 
     const INPUTS: usize = 1;
     const WORDS: usize = 2;
     const TOGETHER: usize = 2;
-    const AS_THEY_ARE: bool = true;
+    const AS_THEY_ARE: bool = !ROUNDED;
     const DOTS: Option<Dots> = None;
 
     fn tile_rows<S: Simd>() -> usize {
@@ -186,8 +187,16 @@ impl Factors for Bf16Singles {
 
     #[inline(always)]
     unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
-        // SAFETY: the caller's.
-        unsafe { simd.store_f32(p.cast(), values) }
+        // SAFETY: the caller's; and the array has sixteen values.
+        unsafe {
+            let mut kept = values;
+            if const { ROUNDED } {
+                let mut rounded = [bf16::ZERO; LANES];
+                simd.store_bf16(rounded.as_mut_ptr(), values);
+                kept = simd.load_bf16(rounded.as_ptr());
+            }
+            simd.store_f32(p.cast(), kept);
+        }
     }
 
     #[inline(always)]
@@ -677,20 +686,39 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                 let scale = simd.load_bf16(self.scales.add(V * LANES));
                 unrolled!(R in ROWS {
                     let c = self.c.add(R * PANEL + V * LANES);
-                    let mut total = simd.load_f32(c);
-                    if const { C::HAVE_MINIMA } {
-                        let minimum = simd.load_bf16(self.minima.add(V * LANES));
-                        let sum = simd.splat(*self.runs.add(2 * R + 1));
-                        total = simd.fma(sum, minimum, total);
-                    }
-                    let product = simd.mul(scale, simd.words_to_f32(products[R][V]));
-                    let run_scale = simd.splat(*self.runs.add(2 * R));
-                    simd.store_f32(c, simd.fma(run_scale, product, total));
+                    let (minima, run) = (self.minima.add(V * LANES), self.runs.add(2 * R));
+                    let total = simd.load_f32(c);
+                    let total = add_run::<C, S>(simd, total, products[R][V], scale, minima, run);
+                    simd.store_f32(c, total);
                     // One after the other: many at once would push the products out of registers.
                     compiler_fence(Ordering::SeqCst);
                 });
             }
         });
+    }
+}
+
+/// To `sums` the products of a run: times the outputs' scale and the run's, and where there are minima, these times the
+/// run's sum.
+///
+/// # Safety
+/// `minima`, where there are any, and the run's two numbers exist.
+#[inline(always)]
+pub(super) unsafe fn add_run<C: Codes, S: Simd>(
+    simd: S,
+    mut sums: S::V,
+    products: S::Words,
+    scale: S::V,
+    minima: *const bf16,
+    run: *const f32,
+) -> S::V {
+    // SAFETY: the caller's.
+    unsafe {
+        if const { C::HAVE_MINIMA } {
+            sums = simd.fma(simd.splat(*run.add(1)), simd.load_bf16(minima), sums);
+        }
+        let products = simd.mul(scale, simd.words_to_f32(products));
+        simd.fma(simd.splat(*run), products, sums)
     }
 }
 

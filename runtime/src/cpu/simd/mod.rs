@@ -19,6 +19,7 @@ mod avx512;
 mod neon;
 mod portable;
 
+use super::amx;
 use half::{bf16, f16};
 #[cfg(test)]
 pub(super) use portable::FUSED;
@@ -42,6 +43,8 @@ pub enum Isa {
     Avx512Vnni,
     /// Besides that, dot products of bf16.
     Avx512Bf16,
+    /// Besides that, products of tiles of bf16 and of bytes (AMX).
+    Amx,
     /// AArch64 with NEON.
     Neon,
     /// Besides that, dot products of bytes (DotProd).
@@ -52,12 +55,13 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, of a processor's the slowest first.
-    pub const ALL: [Isa; 8] = [
+    pub const ALL: [Isa; 9] = [
         Isa::Portable,
         Isa::Avx2,
         Isa::Avx512,
         Isa::Avx512Vnni,
         Isa::Avx512Bf16,
+        Isa::Amx,
         Isa::Neon,
         Isa::NeonDot,
         Isa::NeonBf16,
@@ -110,6 +114,7 @@ impl Isa {
             Isa::Avx512Bf16 => {
                 Isa::Avx512Vnni.is_supported() && is_x86_feature_detected!("avx512bf16")
             }
+            Isa::Amx => Isa::Avx512Bf16.is_supported() && amx::is_supported(),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => is_aarch64_feature_detected!("neon"),
             #[cfg(target_arch = "aarch64")]
@@ -140,6 +145,7 @@ impl Isa {
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
             Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
             Isa::Neon => "neon",
             Isa::NeonDot => "neondot",
             Isa::NeonBf16 => "neonbf16",
@@ -148,8 +154,13 @@ impl Isa {
 
     /// Whether it has [`Simd::add_quad_products`] as one instruction.
     pub(super) fn multiplies_quads(self) -> bool {
-        use Isa::{Avx512Bf16, Avx512Vnni, NeonBf16, NeonDot};
-        matches!(self, Avx512Vnni | Avx512Bf16 | NeonDot | NeonBf16)
+        use Isa::{Amx, Avx512Bf16, Avx512Vnni, NeonBf16, NeonDot};
+        matches!(self, Avx512Vnni | Avx512Bf16 | Amx | NeonDot | NeonBf16)
+    }
+
+    /// Whether it has products of tiles ([`amx`]).
+    pub(super) fn multiplies_tiles(self) -> bool {
+        self == Isa::Amx
     }
 
     /// Runs the form of `kernel` that is compiled for this instruction set.
@@ -161,7 +172,9 @@ impl Isa {
             Isa::Avx2 => unsafe { avx2::run(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 => unsafe { avx512::run(self, kernel) },
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => unsafe {
+                avx512::run(self, kernel)
+            },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: as above.
             Isa::Neon | Isa::NeonDot | Isa::NeonBf16 => unsafe { neon::run(self, kernel) },
@@ -190,7 +203,7 @@ impl FromStr for Isa {
 pub enum IsaError {
     /// No such name.
     #[error(
-        "KILN_ISA is {0:?}; known are portable, avx2, avx512, avx512vnni, avx512bf16, neon, neondot and neonbf16"
+        "KILN_ISA is {0:?}; known are portable, avx2, avx512, avx512vnni, avx512bf16, amx, neon, neondot and neonbf16"
     )]
     Unknown(String),
     /// Known, but this machine cannot run it.
@@ -334,6 +347,13 @@ pub(super) trait Simd: Copy {
     unsafe fn store_i8(self, p: *mut i8, v: Self::V);
     /// Asks for the cache line at `p`, which need not be valid.
     fn prefetch(self, p: *const u8);
+    /// # Safety
+    /// `p` is valid for writing sixteen values.
+    #[inline(always)]
+    unsafe fn store_words(self, p: *mut u32, words: Self::Words) {
+        // SAFETY: the caller's; lanes lie in order, whatever registers they are in.
+        unsafe { p.cast::<Self::Words>().write_unaligned(words) }
+    }
     /// Asks for the cache line at `p`, which need not be valid, to write to it.
     #[inline(always)]
     fn prefetch_write(self, p: *mut f32) {
@@ -597,7 +617,7 @@ mod tests {
         let error = "sse9".parse::<Isa>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "KILN_ISA is \"sse9\"; known are portable, avx2, avx512, avx512vnni, avx512bf16, neon, neondot and neonbf16"
+            "KILN_ISA is \"sse9\"; known are portable, avx2, avx512, avx512vnni, avx512bf16, amx, neon, neondot and neonbf16"
         );
         for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_supported()) {
             assert_eq!(isa.supported(), Err(IsaError::Unsupported(isa)));
@@ -887,7 +907,8 @@ mod tests {
                 rows[0][i].to_f32().mul_add(x[0].to_f32(), sum)
             });
             let bits = |x: f32| if x.is_nan() { None } else { Some(x.to_bits()) };
-            for isa in fused_isas().filter(|isa| !any || *isa != Isa::Avx512Bf16) {
+            for isa in fused_isas().filter(|isa| !any || !matches!(isa, Isa::Avx512Bf16 | Isa::Amx))
+            {
                 let found = isa.run(Outlined(Products(&rows, [x[0], x[1]], sums)));
                 assert_eq!(found.map(bits), expect.map(bits), "{isa}");
             }

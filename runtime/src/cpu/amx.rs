@@ -1,0 +1,687 @@
+//! Products by the tile registers of AMX: sixteen rows by sixteen outputs, of 32 inputs in bf16 or 64 in 8 bits, are one
+//! instruction.
+//!
+//! What is packed for other instructions is what these read: sixteen words of a panel's outputs are a tile of weights,
+//! a line of each prepared row is one of rows. A part of a product takes up to 32 rows by the 32 outputs of a panel.
+//!
+//! **Integers** are summed exactly, and so have the bits that they have everywhere. Rows of 16 bits are two pieces of
+//! 8 bits, whose products are tiles of their own.
+//!
+//! **bf16** is summed in an order of its own: of 32 inputs the products of those of even number are a chain of fused
+//! multiply-adds from zero, and so are the others; both are added to each other, then to the sum. Any number of rows is
+//! multiplied so, and so the bits of a row still depend on that row alone. Rows of `f32` are two pieces of bf16, of which
+//! the products of the greater ones come first. What is left out of a value is at most 2^-18 of it: sums of thousands
+//! of products are off by as much where each is rounded to `f32`.
+
+use super::matrix::{Ahead, Block, Floats, Integers, Matrix, Part, PreparedRow};
+use super::norm::load;
+use super::simd::{Codes, Dots, Isa, LANES, Simd};
+use super::tile::{Bf16Pairs, Halves, IntRows, Quads, add_run};
+use half::bf16;
+use kiln_bundle::packing::PANEL;
+use std::mem::MaybeUninit;
+
+/// Rows of a tile, and words of a panel that are one.
+const TILE: usize = 16;
+/// Bytes of a row of a tile.
+const ROW_BYTES: usize = 64;
+/// Bytes of a panel's words that make up two tiles.
+const STEP_BYTES: usize = TILE * PANEL * size_of::<u32>();
+/// Inputs of a tile of bf16.
+const BF16_INPUTS: usize = 2 * TILE;
+/// Inputs of a tile of bytes.
+const BYTE_INPUTS: usize = 4 * TILE;
+/// Bytes of a panel in a block: those of a tile's rows find room beside them in the L1 cache.
+const BLOCK_BYTES: usize = 16 * 1024;
+/// Rows of one piece that meet a panel before the next is read.
+const CHUNK_ROWS: usize = 256;
+/// Rows from which integers are multiplied so. Fewer wait for memory either way.
+const FEWEST_INTEGER_ROWS: usize = 4;
+
+/// Whether this machine has tiles of bf16 and of bytes, and the system lets this process use them.
+pub(super) fn is_supported() -> bool {
+    registers::are_there()
+}
+
+/// Pieces of a row that is rounded to bf16, for [`TiledFloats`].
+pub(super) const ROUNDED: usize = 1;
+/// Pieces of a row of `f32`: the value rounded to bf16, and what that leaves, rounded likewise.
+pub(super) const WHOLE: usize = 2;
+
+/// Panels of bf16, and rows of so many pieces: of each line of a row, its pieces lie in lines one after the
+/// other.
+#[derive(Clone, Copy)]
+pub(super) struct TiledFloats<'a, const PIECES: usize>(Floats<'a, Bf16Pairs>);
+
+impl<'a, const PIECES: usize> TiledFloats<'a, PIECES> {
+    /// Panels of `k` inputs, if there are tiles and the inputs make up whole ones.
+    pub(super) fn new(isa: Isa, weight: &'a [bf16], k: usize) -> Option<Self> {
+        let suits = isa.multiplies_tiles() && k.is_multiple_of(BF16_INPUTS);
+        suits.then(|| TiledFloats(Floats::new(weight, k)))
+    }
+}
+
+impl<const PIECES: usize> Matrix for TiledFloats<'_, PIECES> {
+    type State = Configuration;
+
+    const STEP_INPUTS: usize = BF16_INPUTS;
+    const CHUNK_ROWS: usize = CHUNK_ROWS / PIECES;
+
+    fn tile_rows<S: Simd>() -> usize {
+        2 * TILE
+    }
+
+    fn direct_rows<S: Simd>() -> usize {
+        2 * TILE
+    }
+
+    fn values(&self, k: usize) -> usize {
+        PIECES * self.0.values(k)
+    }
+
+    fn runs(&self, _: usize) -> usize {
+        0
+    }
+
+    fn block_inputs(&self) -> usize {
+        BLOCK_BYTES / self.bytes(1)
+    }
+
+    fn bytes(&self, inputs: usize) -> usize {
+        self.0.bytes(inputs)
+    }
+
+    fn prefetch_bytes(_: usize) -> usize {
+        AHEAD_BYTES
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> Block {
+        self.0.block(panel, k)
+    }
+
+    #[inline(always)]
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>) {
+        let mut lines = prepared.parts().0;
+        for part in row.chunks(BF16_INPUTS) {
+            let mut left = [simd.zero(); 2];
+            for (i, left) in left.iter_mut().enumerate() {
+                // SAFETY: the row has as many values.
+                *left = unsafe { load(simd, part.as_ptr().add(i * LANES), LANES) };
+            }
+            for line in lines.by_ref().take(PIECES) {
+                let line: &mut [bf16] = bytemuck::cast_slice_mut(line);
+                for (left, piece) in left.iter_mut().zip(line.chunks_exact_mut(LANES)) {
+                    // SAFETY: a piece of so many values.
+                    unsafe {
+                        simd.store_bf16(piece.as_mut_ptr(), *left);
+                        *left = simd.sub(*left, simd.load_bf16(piece.as_ptr()));
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(
+        &self,
+        _: S,
+        part: &Part,
+        configuration: &mut Configuration,
+    ) {
+        assert_eq!(VECTORS * LANES, PANEL, "a whole panel");
+        let weights = part.block.address();
+        let (ahead, ahead_step) = part.ahead.from(weights, STEP_BYTES);
+        let heights = halves(part.rows);
+        let product = Product {
+            rows: part.x.cast(),
+            row_bytes: heights.map(|rows| rows * ROW_BYTES),
+            pieces: PIECES,
+            weights,
+            steps: part.inputs.len() / BF16_INPUTS,
+            resume: usize::from(part.inputs.start > 0),
+            sums: part.sums.cast(),
+            ahead,
+            ahead_step,
+        };
+        configuration.set(heights);
+        // SAFETY: the caller's; tiles are of these heights.
+        unsafe { product.of_bf16() };
+    }
+}
+
+/// Panels of integers in words of C, and rows of integers in words of R, of which different pieces lie in different
+/// lines.
+#[derive(Clone, Copy)]
+pub(super) struct TiledIntegers<'a, C, R>(Integers<'a, C, R>);
+
+impl<'a, C: Codes, R: TiledRows> TiledIntegers<'a, C, R> {
+    /// The same panels for `rows` rows, if there are tiles, runs make up whole ones, and this is faster.
+    pub(super) fn new(isa: Isa, panels: Integers<'a, C, R>, rows: usize) -> Option<Self> {
+        let suits = isa.multiplies_tiles()
+            && rows >= FEWEST_INTEGER_ROWS
+            && panels.runs_are_of(BYTE_INPUTS);
+        suits.then(|| TiledIntegers(panels.with_pieces_apart()))
+    }
+}
+
+/// Rows of quads, in one piece or two.
+pub(super) trait TiledRows: IntRows<Piece = i8> {}
+
+impl TiledRows for Quads {}
+impl TiledRows for Halves {}
+
+impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
+    type State = Configuration;
+
+    const STEP_INPUTS: usize = BYTE_INPUTS;
+    const CHUNK_ROWS: usize = CHUNK_ROWS / R::PIECES;
+
+    fn tile_rows<S: Simd>() -> usize {
+        2 * TILE / R::PIECES
+    }
+
+    fn direct_rows<S: Simd>() -> usize {
+        2 * TILE / R::PIECES
+    }
+
+    fn values(&self, k: usize) -> usize {
+        self.0.values(k)
+    }
+
+    fn runs(&self, k: usize) -> usize {
+        self.0.runs(k)
+    }
+
+    fn block_inputs(&self) -> usize {
+        self.0.block_inputs_in(BLOCK_BYTES)
+    }
+
+    fn bytes(&self, inputs: usize) -> usize {
+        self.0.bytes(inputs)
+    }
+
+    fn prefetch_bytes(_: usize) -> usize {
+        AHEAD_BYTES
+    }
+
+    #[inline(always)]
+    fn block(&self, panel: usize, k: usize) -> Block {
+        self.0.block(panel, k)
+    }
+
+    #[inline(always)]
+    fn prepare<S: Simd>(&self, simd: S, row: &[f32], prepared: PreparedRow<'_>) {
+        self.0.prepare(simd, row, prepared);
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<S: Simd, const VECTORS: usize>(
+        &self,
+        simd: S,
+        part: &Part,
+        configuration: &mut Configuration,
+    ) {
+        let step_bytes = self.bytes(BYTE_INPUTS);
+        let mut asked = 0;
+        let heights = match R::PIECES {
+            1 => halves(part.rows),
+            _ => [part.rows; 2],
+        };
+        configuration.set(heights);
+        let mut x = part.x.cast::<u8>();
+        let mut run = part.runs;
+        let mut first = part.inputs.start == 0;
+        let mut weights = Bytes64([MaybeUninit::<u32>::uninit(); RUN_WORDS]);
+        let mut products = Bytes64([MaybeUninit::<u32>::uninit(); 2 * TILE * PANEL]);
+        for (codes, scales, inputs) in self.0.runs_of(part) {
+            let steps = inputs / BYTE_INPUTS;
+            let (ahead, ahead_step) = match part.ahead {
+                Ahead::Behind(bytes) => (codes.cast::<u8>().wrapping_add(bytes), step_bytes),
+                Ahead::At(ahead, share) => (ahead.wrapping_add(asked * share), share),
+            };
+            asked += steps;
+            // SAFETY: the caller's: these codes and numbers, as many lines of rows, and the sums exist.
+            unsafe {
+                let product = Product {
+                    rows: x,
+                    row_bytes: heights.map(|rows| rows * ROW_BYTES),
+                    pieces: 1,
+                    weights: match C::INPUTS {
+                        4 => codes.cast(),
+                        _ => {
+                            let to = weights.0.as_mut_ptr().cast();
+                            quads::<C, S>(simd, codes, inputs / C::INPUTS, to);
+                            to.cast_const().cast()
+                        }
+                    },
+                    steps,
+                    resume: 0,
+                    sums: products.0.as_mut_ptr().cast(),
+                    ahead,
+                    ahead_step,
+                };
+                product.of_bytes();
+                for v in 0..PANEL / LANES {
+                    let (scales, minima) = (scales.add(v * LANES), scales.add(PANEL + v * LANES));
+                    let scale = simd.load_bf16(scales);
+                    for r in 0..part.rows {
+                        let at = products.0.as_ptr().cast::<u32>().add(r * PANEL + v * LANES);
+                        let mut total = simd.load_words(at);
+                        if const { R::PIECES == 2 } {
+                            let lower = simd.load_words(at.add(part.rows * PANEL));
+                            total = simd.add_times_256(lower, total);
+                        }
+                        let c = part.sums.add(r * PANEL + v * LANES);
+                        let sum = match first {
+                            true => simd.zero(),
+                            false => simd.load_f32(c),
+                        };
+                        let sum = add_run::<C, S>(simd, sum, total, scale, minima, run.add(2 * r));
+                        simd.store_f32(c, sum);
+                    }
+                }
+            }
+            first = false;
+            x = x.wrapping_add(steps * (heights[0] + heights[1]) * ROW_BYTES);
+            run = run.wrapping_add(2 * part.rows);
+        }
+    }
+}
+
+/// Multiplies tiles that stay in the L1 cache so many times, and gives the number of multiplications and additions.
+pub(super) fn multiply_in_cache(dots: Dots, times: usize) -> usize {
+    const STEPS: usize = 8;
+    let operand = Bytes64([0_u8; STEPS * STEP_BYTES]);
+    let mut sums = Bytes64([0_u32; 2 * TILE * PANEL]);
+    let mut configuration = Configuration::default();
+    let heights = [TILE; 2];
+    configuration.set(heights);
+    for _ in 0..times {
+        let product = Product {
+            rows: operand.0.as_ptr(),
+            row_bytes: heights.map(|rows| rows * ROW_BYTES),
+            pieces: 1,
+            weights: operand.0.as_ptr(),
+            steps: STEPS,
+            resume: 0,
+            sums: sums.0.as_mut_ptr().cast(),
+            ahead: operand.0.as_ptr(),
+            ahead_step: 0,
+        };
+        // SAFETY: tiles are of these heights; rows and weights are (STEPS, 2, TILE, ROW_BYTES) both, sums (2 * TILE, PANEL).
+        unsafe {
+            match dots {
+                Dots::Bf16 => product.of_bf16(),
+                Dots::Integers => product.of_bytes(),
+            }
+        }
+    }
+    let inputs = match dots {
+        Dots::Bf16 => BF16_INPUTS,
+        Dots::Integers => BYTE_INPUTS,
+    };
+    times * STEPS * 2 * TILE * PANEL * inputs * 2
+}
+
+/// Bytes from weights that are used once to those being asked for.
+const AHEAD_BYTES: usize = 4096;
+
+/// Words of a panel that a run takes in quads.
+const RUN_WORDS: usize = super::fixed::RUN / 4 * PANEL;
+
+/// Aligned to a line of the cache.
+#[repr(align(64))]
+struct Bytes64<T>(T);
+
+/// The rows of two tiles: equal shares, of a single row one tile.
+fn halves(rows: usize) -> [usize; 2] {
+    [rows.div_ceil(2), rows / 2]
+}
+
+/// Writes so many words of codes of each output of a panel as quads.
+///
+/// # Safety
+/// `codes` exist, and `to` is valid for writing the quads.
+#[inline(always)]
+unsafe fn quads<C: Codes, S: Simd>(simd: S, codes: *const C, words: usize, to: *mut u32) {
+    for word in 0..words {
+        for v in (0..PANEL).step_by(LANES) {
+            // SAFETY: the caller's.
+            unsafe {
+                let words = simd.load_words(codes.add(word * PANEL + v).cast());
+                let to = to.add(2 * word * PANEL + v);
+                simd.store_words(to, C::quad::<S, 0>(simd, words));
+                simd.store_words(to.add(PANEL), C::quad::<S, 1>(simd, words));
+            }
+        }
+    }
+}
+
+/// The heights of a thread's tiles, which are given back when it goes.
+#[derive(Default)]
+pub(super) struct Configuration([usize; 2]);
+
+impl Configuration {
+    /// Tiles of rows of these heights.
+    #[inline(always)]
+    fn set(&mut self, heights: [usize; 2]) {
+        if self.0 != heights {
+            registers::configure(heights);
+            self.0 = heights;
+        }
+    }
+}
+
+impl Drop for Configuration {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.0 != [0; 2] {
+            registers::release();
+        }
+    }
+}
+
+/// Two tiles of rows, the second of which may have none, by those of a panel. `sums` are (rows, PANEL).
+#[repr(C)]
+struct Product {
+    /// Of each step and piece, a line of each row of the first tile, then of the second.
+    rows: *const u8,
+    /// Of these.
+    row_bytes: [usize; 2],
+    /// Pieces of rows that meet the same weights.
+    pieces: usize,
+    weights: *const u8,
+    /// Tiles of weights one after the other, at least one.
+    steps: usize,
+    /// Whether to continue from the sums, instead of from zero.
+    resume: usize,
+    sums: *mut u8,
+    /// Memory that will be wanted next: `ahead_step` bytes of it is asked for in each step.
+    ahead: *const u8,
+    ahead_step: usize,
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod registers {
+    use super::{PANEL, Product, ROW_BYTES, STEP_BYTES, TILE};
+    use std::arch::{asm, x86_64::__cpuid_count};
+    use std::mem::offset_of;
+    use std::sync::OnceLock;
+
+    pub(super) fn are_there() -> bool {
+        static FOUND: OnceLock<bool> = OnceLock::new();
+        /// Of leaf 7: tiles, and their products of bf16 and of bytes.
+        const FEATURES: u32 = 1 << 24 | 1 << 22 | 1 << 25;
+        /// Of `arch_prctl`: asks for a part of the processor's state, here the contents of tiles.
+        const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+        *FOUND.get_or_init(|| {
+            // SAFETY: changes nothing but what this process may do.
+            __cpuid_count(0, 0).eax >= 7
+                && __cpuid_count(7, 0).edx & FEATURES == FEATURES
+                && unsafe {
+                    libc::syscall(
+                        libc::SYS_arch_prctl,
+                        ARCH_REQ_XCOMP_PERM,
+                        XFEATURE_XTILEDATA,
+                    )
+                } == 0
+        })
+    }
+
+    /// What `ldtilecfg` reads.
+    #[repr(C, align(64))]
+    struct Memory {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        row_bytes: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    /// Tiles 0 and 1 are sums of the first rows, 2 and 3 of the second, 4 and 5 these rows, 6 and 7 weights.
+    #[inline(always)]
+    pub(super) fn configure([first, second]: [usize; 2]) {
+        assert!((1..=TILE).contains(&first) && second <= TILE);
+        let (first, second) = (first as u8, second.max(1) as u8);
+        let mut memory = Memory {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
+        memory.row_bytes[..8].fill(ROW_BYTES as u16);
+        memory.rows[..8].copy_from_slice(&[
+            first, first, second, second, first, second, TILE as u8, TILE as u8,
+        ]);
+        // SAFETY: the machine has tiles, or there would be no configuration of theirs; the compiler uses none.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &memory, options(nostack, readonly)) };
+    }
+
+    #[inline(always)]
+    pub(super) fn release() {
+        // SAFETY: as above.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+
+    /// A product by `$dot`: with `$second`, there is a second tile of rows.
+    macro_rules! product {
+        ($product:expr, $dot:literal, [$($second:literal)?]) => {
+            asm!(
+                // The sums: those of before, or zero.
+                "mov {t}, [{op} + {SUMS}]",
+                "mov {u}, [{op} + {FIRST}]",
+                // A row of sums is two of a tile.
+                "lea {u}, [{t} + {u}*2]",
+                "cmp qword ptr [{op} + {RESUME}], 0",
+                "je 2f",
+                "tileloadd tmm0, [{t} + {row}*2]",
+                "tileloadd tmm1, [{t} + {row}*2 + 64]",
+                $(concat!("tileloadd tmm2, [{u} + {row}*2]", $second),
+                "tileloadd tmm3, [{u} + {row}*2 + 64]",)?
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                $(concat!("tilezero tmm2", $second),
+                "tilezero tmm3",)?
+                "3:",
+                "tileloadd tmm6, [{weights} + {row}*2]",
+                "tileloadd tmm7, [{weights} + {row}*2 + 64]",
+                "mov {u}, [{op} + {PIECES}]",
+                "4:",
+                "tileloadd tmm4, [{rows} + {row}]",
+                "add {rows}, [{op} + {FIRST}]",
+                concat!($dot, " tmm0, tmm4, tmm6"),
+                concat!($dot, " tmm1, tmm4, tmm7"),
+                $(concat!("tileloadd tmm5, [{rows} + {row}]", $second),
+                concat!($dot, " tmm2, tmm5, tmm6"),
+                concat!($dot, " tmm3, tmm5, tmm7"),)?
+                "add {rows}, [{op} + {SECOND}]",
+                "dec {u}",
+                "jnz 4b",
+                // Four lines at a time.
+                "mov {t}, {ahead}",
+                "add {ahead}, [{op} + {AHEAD_STEP}]",
+                "5:",
+                "prefetcht0 [{t}]",
+                "prefetcht0 [{t} + 64]",
+                "prefetcht0 [{t} + 128]",
+                "prefetcht0 [{t} + 192]",
+                "add {t}, 256",
+                "cmp {t}, {ahead}",
+                "jb 5b",
+                "add {weights}, {STEP}",
+                "dec {steps}",
+                "jnz 3b",
+                "mov {t}, [{op} + {SUMS}]",
+                "mov {u}, [{op} + {FIRST}]",
+                "lea {u}, [{t} + {u}*2]",
+                "tilestored [{t} + {row}*2], tmm0",
+                "tilestored [{t} + {row}*2 + 64], tmm1",
+                $(concat!("tilestored [{u} + {row}*2], tmm2", $second),
+                "tilestored [{u} + {row}*2 + 64], tmm3",)?
+                op = in(reg) $product,
+                row = in(reg) ROW_BYTES,
+                rows = inout(reg) $product.rows => _,
+                weights = inout(reg) $product.weights => _,
+                steps = inout(reg) $product.steps => _,
+                ahead = inout(reg) $product.ahead => _,
+                t = out(reg) _,
+                u = out(reg) _,
+                SUMS = const offset_of!(Product, sums),
+                FIRST = const offset_of!(Product, row_bytes),
+                SECOND = const offset_of!(Product, row_bytes) + size_of::<usize>(),
+                RESUME = const offset_of!(Product, resume),
+                PIECES = const offset_of!(Product, pieces),
+                AHEAD_STEP = const offset_of!(Product, ahead_step),
+                STEP = const STEP_BYTES,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            )
+        };
+    }
+
+    // A row of sums is two of a tile.
+    const _: () = assert!(PANEL * size_of::<f32>() == 2 * ROW_BYTES);
+
+    impl Product {
+        /// Multiplies tiles of bf16.
+        ///
+        /// # Safety
+        /// Tiles are configured for these rows, and what is read and written exists.
+        #[inline(always)]
+        pub(super) unsafe fn of_bf16(&self) {
+            // SAFETY: the caller's.
+            unsafe {
+                match self.row_bytes[1] {
+                    0 => product!(self, "tdpbf16ps", []),
+                    _ => product!(self, "tdpbf16ps", [""]),
+                }
+            }
+        }
+
+        /// Multiplies tiles of signed bytes.
+        ///
+        /// # Safety
+        /// As [`Product::of_bf16`].
+        #[inline(always)]
+        pub(super) unsafe fn of_bytes(&self) {
+            // SAFETY: the caller's.
+            unsafe {
+                match self.row_bytes[1] {
+                    0 => product!(self, "tdpbssd", []),
+                    _ => product!(self, "tdpbssd", [""]),
+                }
+            }
+        }
+    }
+}
+
+/// Where there are no tiles.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod registers {
+    use super::Product;
+
+    pub(super) fn are_there() -> bool {
+        false
+    }
+
+    pub(super) fn configure(_: [usize; 2]) {
+        unreachable!("no tiles")
+    }
+
+    pub(super) fn release() {}
+
+    impl Product {
+        pub(super) unsafe fn of_bf16(&self) {
+            unreachable!("no tiles")
+        }
+
+        pub(super) unsafe fn of_bytes(&self) {
+            unreachable!("no tiles")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{Packed, Random, bits, cpu};
+    use crate::cpu::{Linear, Rows, RowsMut, linear};
+    use kiln_bundle::Activations;
+
+    /// The sum of a row's products with weights, as the head of this file says.
+    fn sum_of_products(row: &[f32], weights: impl Fn(usize) -> f32, pieces: usize) -> f32 {
+        let mut sum = 0.0_f32;
+        for (first, inputs) in (0..).step_by(BF16_INPUTS).zip(row.chunks(BF16_INPUTS)) {
+            let mut left = inputs.to_vec();
+            for _ in 0..pieces {
+                let mut chains = [0.0_f32; 2];
+                for (i, left) in left.iter_mut().enumerate() {
+                    let piece = bf16::from_f32(*left).to_f32();
+                    *left -= piece;
+                    chains[i % 2] = piece.mul_add(weights(first + i), chains[i % 2]);
+                }
+                sum += chains[0] + chains[1];
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn bf16_is_summed_in_the_order_of_tiles() {
+        if !Isa::Amx.is_supported() {
+            return;
+        }
+        let n = 40;
+        // One tile, and several blocks.
+        for k in [32, 96, 1088] {
+            let mut random = Random::new(k as u64);
+            let packed = &Packed::each(&random.values(n * k), n, k)[2];
+            for t in [1, 2, 16, 17, 33, 100] {
+                let x = random.values(t * k);
+                for (activations, pieces) in [(Some(Activations::Bf16), 1), (None, 2)] {
+                    let op = Linear {
+                        activations,
+                        ..Linear::new(packed.matrix())
+                    };
+                    let mut found = vec![0.0; t * n];
+                    let out = RowsMut::new(&mut found, t, n);
+                    linear(&mut cpu(Isa::Amx, 2), &op, Rows::new(&x, t, k), out);
+                    for (row, found) in x.chunks(k).zip(found.chunks(n)) {
+                        let expect: Vec<f32> = (0..n)
+                            .map(|n| sum_of_products(row, |k| packed.get(n, k), pieces))
+                            .collect();
+                        assert_eq!(
+                            bits(found),
+                            bits(&expect),
+                            "{t} rows of {k}, {pieces} pieces"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_is_not_lost() {
+        if !Isa::Amx.is_supported() {
+            return;
+        }
+        let (n, k) = (32, 64);
+        let packed = &Packed::each(&vec![1.0; n * k], n, k)[2];
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![1.0; k];
+            x[k - 1] = wrong;
+            let mut out = vec![0.0; n];
+            let op = Linear::new(packed.matrix());
+            let rows = RowsMut::new(&mut out, 1, n);
+            linear(&mut cpu(Isa::Amx, 1), &op, Rows::new(&x, 1, k), rows);
+            assert!(out.iter().all(|y| !y.is_finite()), "{out:?}");
+        }
+    }
+}
