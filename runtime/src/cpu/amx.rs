@@ -91,8 +91,8 @@ impl<const PIECES: usize> Matrix for TiledFloats<'_, PIECES> {
         self.0.bytes(inputs)
     }
 
-    fn prefetch_bytes(_: usize) -> usize {
-        AHEAD_BYTES
+    fn prefetch_bytes<S: Simd>(simd: S, _: usize) -> usize {
+        simd.stream_ahead()
     }
 
     #[inline(always)]
@@ -132,7 +132,7 @@ impl<const PIECES: usize> Matrix for TiledFloats<'_, PIECES> {
         assert_eq!(VECTORS * LANES, PANEL, "a whole panel");
         let weights = part.block.address();
         let (ahead, ahead_step) = part.ahead.from(weights, STEP_BYTES);
-        let heights = halves(part.rows);
+        let heights = heights(part.rows);
         let product = Product {
             rows: part.x.cast(),
             row_bytes: heights.map(|rows| rows * ROW_BYTES),
@@ -201,8 +201,8 @@ impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
         self.0.bytes(inputs)
     }
 
-    fn prefetch_bytes(_: usize) -> usize {
-        AHEAD_BYTES
+    fn prefetch_bytes<S: Simd>(simd: S, _: usize) -> usize {
+        simd.stream_ahead()
     }
 
     #[inline(always)]
@@ -223,68 +223,110 @@ impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
         configuration: &mut Configuration,
     ) {
         let step_bytes = self.bytes(BYTE_INPUTS);
-        let mut asked = 0;
         let heights = match R::PIECES {
-            1 => halves(part.rows),
+            1 => heights(part.rows),
             _ => [part.rows; 2],
         };
         configuration.set(heights);
         let mut x = part.x.cast::<u8>();
-        let mut run = part.runs;
-        let mut first = part.inputs.start == 0;
+        let mut asked = 0;
         let mut weights = Bytes64([MaybeUninit::<u32>::uninit(); RUN_WORDS]);
-        let mut products = Bytes64([MaybeUninit::<u32>::uninit(); 2 * TILE * PANEL]);
-        for (codes, scales, inputs) in self.0.runs_of(part) {
+        // Of one run products are made while those of the run before are added up.
+        let mut products = [Bytes64([MaybeUninit::<u32>::uninit(); 2 * TILE * PANEL]); 2];
+        let mut before = None;
+        for (i, (codes, scales, inputs)) in self.0.runs_of(part).enumerate() {
             let steps = inputs / BYTE_INPUTS;
             let (ahead, ahead_step) = match part.ahead {
                 Ahead::Behind(bytes) => (codes.cast::<u8>().wrapping_add(bytes), step_bytes),
                 Ahead::At(ahead, share) => (ahead.wrapping_add(asked * share), share),
             };
             asked += steps;
-            // SAFETY: the caller's: these codes and numbers, as many lines of rows, and the sums exist.
+            let weights = match C::INPUTS {
+                4 => codes.cast(),
+                _ => {
+                    let to = weights.0.as_mut_ptr().cast();
+                    // SAFETY: the caller's: these codes exist; a run has so many words of quads at most.
+                    unsafe { quads::<C, S>(simd, codes, inputs / C::INPUTS, to) };
+                    to.cast_const().cast()
+                }
+            };
+            let sums = products[i % 2].0.as_mut_ptr().cast::<u32>();
+            let product = Product {
+                rows: x,
+                row_bytes: heights.map(|rows| rows * ROW_BYTES),
+                pieces: 1,
+                weights,
+                steps,
+                resume: 0,
+                sums: sums.cast(),
+                ahead,
+                ahead_step,
+            };
+            let run = Run {
+                resume: i > 0 || part.inputs.start > 0,
+                products: sums,
+                scales,
+                numbers: part.runs.wrapping_add(2 * i * part.rows),
+            };
+            // SAFETY: the caller's: as many lines of rows exist, and the runs' numbers, and the sums.
             unsafe {
-                let product = Product {
-                    rows: x,
-                    row_bytes: heights.map(|rows| rows * ROW_BYTES),
-                    pieces: 1,
-                    weights: match C::INPUTS {
-                        4 => codes.cast(),
-                        _ => {
-                            let to = weights.0.as_mut_ptr().cast();
-                            quads::<C, S>(simd, codes, inputs / C::INPUTS, to);
-                            to.cast_const().cast()
-                        }
-                    },
-                    steps,
-                    resume: 0,
-                    sums: products.0.as_mut_ptr().cast(),
-                    ahead,
-                    ahead_step,
-                };
                 product.of_bytes();
-                for v in 0..PANEL / LANES {
-                    let (scales, minima) = (scales.add(v * LANES), scales.add(PANEL + v * LANES));
-                    let scale = simd.load_bf16(scales);
-                    for r in 0..part.rows {
-                        let at = products.0.as_ptr().cast::<u32>().add(r * PANEL + v * LANES);
-                        let mut total = simd.load_words(at);
-                        if const { R::PIECES == 2 } {
-                            let lower = simd.load_words(at.add(part.rows * PANEL));
-                            total = simd.add_times_256(lower, total);
-                        }
-                        let c = part.sums.add(r * PANEL + v * LANES);
-                        let sum = match first {
-                            true => simd.zero(),
-                            false => simd.load_f32(c),
-                        };
-                        let sum = add_run::<C, S>(simd, sum, total, scale, minima, run.add(2 * r));
-                        simd.store_f32(c, sum);
-                    }
+                if let Some(before) = before.replace(run) {
+                    self.add_run(simd, part, before);
                 }
             }
-            first = false;
             x = x.wrapping_add(steps * (heights[0] + heights[1]) * ROW_BYTES);
-            run = run.wrapping_add(2 * part.rows);
+        }
+        if let Some(last) = before {
+            // SAFETY: as above.
+            unsafe { self.add_run(simd, part, last) };
+        }
+    }
+}
+
+/// Products of a run, (pieces, rows, PANEL), which are to be added to a part's sums.
+struct Run {
+    /// Whether to continue from the sums, instead of from zero.
+    resume: bool,
+    products: *const u32,
+    /// Of the outputs, and behind them their minima, where there are any.
+    scales: *const bf16,
+    /// Of each row.
+    numbers: *const f32,
+}
+
+impl<C: Codes, R: TiledRows> TiledIntegers<'_, C, R> {
+    /// Adds a run's products to the sums of `part`.
+    ///
+    /// # Safety
+    /// All exist.
+    #[inline(always)]
+    unsafe fn add_run<S: Simd>(&self, simd: S, part: &Part, run: Run) {
+        for first in (0..PANEL).step_by(LANES) {
+            // SAFETY: the caller's.
+            unsafe {
+                let scale = simd.load_bf16(run.scales.add(first));
+                let minimum = match C::HAVE_MINIMA {
+                    true => simd.load_bf16(run.scales.add(PANEL + first)),
+                    false => simd.zero(),
+                };
+                for row in 0..part.rows {
+                    let products = run.products.add(row * PANEL + first);
+                    let mut total = simd.load_words(products);
+                    if const { R::PIECES == 2 } {
+                        let lower = simd.load_words(products.add(part.rows * PANEL));
+                        total = simd.add_times_256(lower, total);
+                    }
+                    let sums = part.sums.add(row * PANEL + first);
+                    let before = match run.resume {
+                        true => simd.load_f32(sums),
+                        false => simd.zero(),
+                    };
+                    let numbers = run.numbers.add(2 * row);
+                    let after = add_run::<C, S>(simd, before, total, scale, minimum, numbers);
+                    simd.store_f32(sums, after);
+                }
+            }
         }
     }
 }
@@ -324,19 +366,20 @@ pub(super) fn multiply_in_cache(dots: Dots, times: usize) -> usize {
     times * STEPS * 2 * TILE * PANEL * inputs * 2
 }
 
-/// Bytes from weights that are used once to those being asked for.
-const AHEAD_BYTES: usize = 4096;
-
 /// Words of a panel that a run takes in quads.
 const RUN_WORDS: usize = super::fixed::RUN / 4 * PANEL;
 
 /// Aligned to a line of the cache.
+#[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Bytes64<T>(T);
 
-/// The rows of two tiles: equal shares, of a single row one tile.
-fn halves(rows: usize) -> [usize; 2] {
-    [rows.div_ceil(2), rows / 2]
+/// The rows of two tiles: all in the first where it holds them, else equal shares.
+fn heights(rows: usize) -> [usize; 2] {
+    match rows {
+        ..=TILE => [rows, 0],
+        _ => [rows.div_ceil(2), rows / 2],
+    }
 }
 
 /// Writes so many words of codes of each output of a panel as quads.

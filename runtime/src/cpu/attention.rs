@@ -567,11 +567,15 @@ impl<F: Factors> Part<'_, F> {
         let keys = self.cache[self.keys_range(head, block)].as_ptr();
         let mut sum = simd.zero();
         let inputs = F::WORDS * F::INPUTS;
+        let ahead = simd.stream_ahead();
         for (d, words) in (0..).step_by(inputs).zip(q.chunks_exact(F::WORDS)) {
             let step = Step {
                 at: keys.wrapping_add(d * BLOCK_TOKENS),
                 to_vector: 0,
             };
+            if ahead > 0 {
+                simd.prefetch(step.at.wrapping_byte_add(ahead).cast());
+            }
             // SAFETY: these components of a block's keys, which are (D, 16).
             let [key] = unsafe { F::columns::<S, 1, 0>(simd, step) };
             sum = F::add_products(simd, sum, key, words[0]);
@@ -615,14 +619,20 @@ impl<F: Factors> Part<'_, F> {
             c_stride: share_len(head_dim),
             c_vector: LANES,
             resume: !positions.start.is_multiple_of(CHUNK),
-            ahead: values.as_ptr().cast(),
-            ahead_step: 0,
+            ahead: values
+                .as_ptr()
+                .wrapping_byte_add(simd.stream_ahead())
+                .cast(),
+            ahead_step: F::WORDS * F::INPUTS * width * size_of::<F::Element>(),
         };
         assert!(values.len() >= (positions.len() + last) * width);
         assert!(shares.len() >= ROWS * share_len(head_dim));
         assert!(weights.len() >= (ROWS - 1) * LINE + (positions.len() + last).div_ceil(F::INPUTS));
         let at = |d: usize| Tile {
             b: tile.b.wrapping_add(F::TOGETHER * d),
+            ahead: tile
+                .ahead
+                .wrapping_add(F::TOGETHER * d * size_of::<F::Element>()),
             c: tile.c.wrapping_add(d),
             ..tile
         };

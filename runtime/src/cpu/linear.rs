@@ -565,7 +565,7 @@ impl<M: Matrix> MultiplyPanels<'_, M> {
                 for range in tiles.clone().map(|tile| cut.range(tile)) {
                     let c = self.sums[(range.start - first_row) * PANEL + column..].as_mut_ptr();
                     let ahead = match once {
-                        true => Ahead::Behind(M::prefetch_bytes(range.len())),
+                        true => Ahead::Behind(M::prefetch_bytes(simd, range.len())),
                         false => Ahead::At(next.address().wrapping_add(call * call_bytes), share),
                     };
                     call += 1;

@@ -54,7 +54,7 @@ pub(super) trait Matrix: Copy + Sync {
 
     /// Bytes from the weights being multiplied to those being asked for, by a tile of `rows` rows that meets
     /// each once.
-    fn prefetch_bytes(rows: usize) -> usize;
+    fn prefetch_bytes<S: Simd>(simd: S, rows: usize) -> usize;
 
     /// The block that begins with input `k`; what lies behind the panel for its end.
     fn block(&self, panel: usize, k: usize) -> Block;
@@ -75,11 +75,11 @@ pub(super) trait Matrix: Copy + Sync {
 }
 
 /// As [`Matrix::prefetch_bytes`], given the products of a row and a line of the cache's weights.
-fn prefetch_bytes(rows: usize, line_products: usize) -> usize {
-    // Where memory is slower than the tile, asking is in the way of the processor's own looking ahead.
+fn prefetch_bytes<S: Simd>(simd: S, rows: usize, line_products: usize) -> usize {
+    // Where memory is slower than the tile, asking is in the way of many a processor's own looking ahead.
     match rows == 1 || line_products == 1 {
-        true => 0,
-        false => 2048,
+        true => simd.stream_ahead(),
+        false => simd.stream_ahead().max(2048),
     }
 }
 
@@ -208,8 +208,12 @@ impl<F: Factors> Matrix for Floats<'_, F> {
         inputs * PANEL * size_of::<F::Element>()
     }
 
-    fn prefetch_bytes(rows: usize) -> usize {
-        prefetch_bytes(rows, size_of::<f32>() / size_of::<F::Element>() / F::INPUTS)
+    fn prefetch_bytes<S: Simd>(simd: S, rows: usize) -> usize {
+        prefetch_bytes(
+            simd,
+            rows,
+            size_of::<f32>() / size_of::<F::Element>() / F::INPUTS,
+        )
     }
 
     #[inline(always)]
@@ -374,8 +378,8 @@ impl<C: Codes, R: IntRows> Matrix for Integers<'_, C, R> {
         inputs.div_ceil(C::INPUTS) * PANEL * size_of::<C>()
     }
 
-    fn prefetch_bytes(rows: usize) -> usize {
-        prefetch_bytes(rows, R::words::<C>())
+    fn prefetch_bytes<S: Simd>(simd: S, rows: usize) -> usize {
+        prefetch_bytes(simd, rows, R::words::<C>())
     }
 
     #[inline(always)]

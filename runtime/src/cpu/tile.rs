@@ -686,9 +686,14 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
                 let scale = simd.load_bf16(self.scales.add(V * LANES));
                 unrolled!(R in ROWS {
                     let c = self.c.add(R * PANEL + V * LANES);
-                    let (minima, run) = (self.minima.add(V * LANES), self.runs.add(2 * R));
+                    // Loaded for each row: it is to take no register from the products.
+                    let minimum = match C::HAVE_MINIMA {
+                        true => simd.load_bf16(self.minima.add(V * LANES)),
+                        false => simd.zero(),
+                    };
+                    let run = self.runs.add(2 * R);
                     let total = simd.load_f32(c);
-                    let total = add_run::<C, S>(simd, total, products[R][V], scale, minima, run);
+                    let total = add_run::<C, S>(simd, total, products[R][V], scale, minimum, run);
                     simd.store_f32(c, total);
                     // One after the other: many at once would push the products out of registers.
                     compiler_fence(Ordering::SeqCst);
@@ -702,20 +707,20 @@ impl<C: Codes, I: IntRows> IntTile<C, I> {
 /// run's sum.
 ///
 /// # Safety
-/// `minima`, where there are any, and the run's two numbers exist.
+/// The run's two numbers exist.
 #[inline(always)]
 pub(super) unsafe fn add_run<C: Codes, S: Simd>(
     simd: S,
     mut sums: S::V,
     products: S::Words,
     scale: S::V,
-    minima: *const bf16,
+    minimum: S::V,
     run: *const f32,
 ) -> S::V {
     // SAFETY: the caller's.
     unsafe {
         if const { C::HAVE_MINIMA } {
-            sums = simd.fma(simd.splat(*run.add(1)), simd.load_bf16(minima), sums);
+            sums = simd.fma(simd.splat(*run.add(1)), minimum, sums);
         }
         let products = simd.mul(scale, simd.words_to_f32(products));
         simd.fma(simd.splat(*run), products, sums)

@@ -266,6 +266,13 @@ pub(super) trait Simd: Copy {
     /// sign, or nothing.
     const QUAD_OFFSET: i32 = 128;
 
+    /// Bytes of a stream from memory, from what is being read to what it pays to ask for: none where the processor looks
+    /// ahead better by itself.
+    #[inline(always)]
+    fn stream_ahead(self) -> usize {
+        0
+    }
+
     /// Runs `kernel` as a function of its own. Implementations are `#[inline(never)]` themselves, and
     /// without target features, because rustc drops that attribute from functions that have some.
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
