@@ -35,8 +35,8 @@ const BYTE_INPUTS: usize = 4 * TILE;
 const BLOCK_BYTES: usize = 16 * 1024;
 /// Rows of one piece that meet a panel before the next is read.
 const CHUNK_ROWS: usize = 256;
-/// Rows from which integers are multiplied so. Fewer wait for memory either way.
-const FEWEST_INTEGER_ROWS: usize = 4;
+/// Rows from which integers are multiplied so: vectors are as fast with fewer.
+const FEWEST_INTEGER_ROWS: usize = 8;
 
 /// Whether this machine has tiles of bf16 and of bytes, and the system lets this process use them.
 pub(super) fn is_supported() -> bool {
@@ -222,6 +222,7 @@ impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
         part: &Part,
         configuration: &mut Configuration,
     ) {
+        assert_eq!(VECTORS * LANES, PANEL, "a whole panel");
         let step_bytes = self.bytes(BYTE_INPUTS);
         let heights = match R::PIECES {
             1 => heights(part.rows),
