@@ -17,6 +17,7 @@ const CPU: Ceilings = Ceilings {
     read_gb_per_s: 40.0,
     float_gflop_per_s: 220.0,
     integer_gop_per_s: Some(640.0),
+    bf16_pieces_gflop_per_s: None,
     bf16_gflop_per_s: None,
     int8_gop_per_s: None,
 };
@@ -24,6 +25,7 @@ const GPU: Ceilings = Ceilings {
     read_gb_per_s: 4800.0,
     float_gflop_per_s: 989_000.0,
     integer_gop_per_s: None,
+    bf16_pieces_gflop_per_s: None,
     bf16_gflop_per_s: None,
     int8_gop_per_s: None,
 };

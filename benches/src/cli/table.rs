@@ -322,6 +322,7 @@ fn cpu(name: String, threads: usize) -> Result<Machine> {
             read_gb_per_s: bandwidth.best,
             float_gflop_per_s: peak.float_gflop_per_s,
             integer_gop_per_s: Some(peak.integer_gop_per_s),
+            bf16_pieces_gflop_per_s: peak.bf16_pieces_gflop_per_s,
             bf16_gflop_per_s: Some(peak.bf16_gflop_per_s),
             int8_gop_per_s: Some(peak.int8_gop_per_s),
         },

@@ -33,6 +33,8 @@ pub enum Arithmetic {
     /// f32 on a CPU, what the target computes in on a GPU.
     #[default]
     Float,
+    /// f32 by bf16 on a CPU.
+    FloatByBf16,
     /// bf16 on a CPU.
     Bf16,
     /// Integers of 16 bits.
@@ -48,6 +50,7 @@ impl Arithmetic {
             (_, Some(Activations::Bf16)) => Arithmetic::Bf16,
             (_, Some(Activations::Int8)) => Arithmetic::Int8,
             (WeightFormat::Int(_), None) => Arithmetic::Int16,
+            (WeightFormat::Bf16, None) => Arithmetic::FloatByBf16,
             (_, None) => Arithmetic::Float,
         }
     }

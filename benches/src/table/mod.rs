@@ -183,6 +183,9 @@ pub struct Ceilings {
     pub float_gflop_per_s: f64,
     /// Of kernels with integer weights, where these multiply integers of 16 bits.
     pub integer_gop_per_s: Option<f64>,
+    /// Of kernels with weights of bf16 and rows of f32, where these are multiplied as pieces of bf16.
+    #[serde(default)]
+    pub bf16_pieces_gflop_per_s: Option<f64>,
     /// Of kernels that round rows to bf16.
     #[serde(default)]
     pub bf16_gflop_per_s: Option<f64>,
@@ -196,6 +199,7 @@ impl Ceilings {
     pub(crate) fn peaks(&self) -> impl Iterator<Item = (&'static str, f64)> {
         let peaks = [
             ("float", Some(self.float_gflop_per_s)),
+            ("bf16 in pieces", self.bf16_pieces_gflop_per_s),
             ("bf16", self.bf16_gflop_per_s),
             ("integer", self.integer_gop_per_s),
             ("int8", self.int8_gop_per_s),
@@ -208,6 +212,7 @@ impl Ceilings {
     pub(crate) fn operations_per_ns(&self, arithmetic: Arithmetic) -> f64 {
         let own = match arithmetic {
             Arithmetic::Float => None,
+            Arithmetic::FloatByBf16 => self.bf16_pieces_gflop_per_s,
             Arithmetic::Bf16 => self.bf16_gflop_per_s,
             Arithmetic::Int16 => self.integer_gop_per_s,
             Arithmetic::Int8 => self.int8_gop_per_s,
@@ -225,6 +230,7 @@ impl Ceilings {
             read_gb_per_s: self.read_gb_per_s.max(other.read_gb_per_s),
             float_gflop_per_s: self.float_gflop_per_s.max(other.float_gflop_per_s),
             integer_gop_per_s: better(|ceilings| ceilings.integer_gop_per_s),
+            bf16_pieces_gflop_per_s: better(|ceilings| ceilings.bf16_pieces_gflop_per_s),
             bf16_gflop_per_s: better(|ceilings| ceilings.bf16_gflop_per_s),
             int8_gop_per_s: better(|ceilings| ceilings.int8_gop_per_s),
         }

@@ -66,6 +66,7 @@ pub fn ceilings(gpu: &Gpu) -> Ceilings {
         read_gb_per_s: gpu.gb_per_s,
         float_gflop_per_s: gpu.tflops * 1e3,
         integer_gop_per_s: None,
+        bf16_pieces_gflop_per_s: None,
         bf16_gflop_per_s: None,
         int8_gop_per_s: None,
     }

@@ -20,6 +20,7 @@ pub fn text(table: &Table) -> String {
         read_gb_per_s,
         float_gflop_per_s,
         integer_gop_per_s,
+        bf16_pieces_gflop_per_s,
         bf16_gflop_per_s,
         int8_gop_per_s,
     } = machine.ceilings;
@@ -37,6 +38,7 @@ pub fn text(table: &Table) -> String {
     } else {
         let _ = write!(text, ", {float_gflop_per_s:.0} GFLOP/s");
         for (rate, what) in [
+            (bf16_pieces_gflop_per_s, "GFLOP/s of bf16 in pieces"),
             (bf16_gflop_per_s, "GFLOP/s of bf16"),
             (integer_gop_per_s, "GOP/s of integers"),
             (int8_gop_per_s, "GOP/s of 8 bits"),

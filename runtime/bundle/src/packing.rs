@@ -12,7 +12,7 @@
 //!
 //! t inputs of an output lie [`together`]: two in bf16, which thus make a word, as products of pairs want them (and
 //! a shift or a mask makes an f32 of either); else one. The last panel is filled with zero rows, and the last inputs
-//! that lie together with zeros. Every output is then one chain of multiply-adds in the
+//! that lie together with zeros. Every output can then be one chain of multiply-adds in the
 //! order of k, whatever the number of rows it is computed for: that is what makes results
 //! independent of the batch.
 //!

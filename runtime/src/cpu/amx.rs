@@ -11,8 +11,10 @@
 //! multiply-adds from zero, and so are the others; both are added to each other, then to the sum. Any number of rows is
 //! multiplied so, and so the bits of a row still depend on that row alone. Rows of `f32` are two pieces of bf16, of which
 //! the products of the greater ones come first. What is left out of a value is at most 2^-18 of it: sums of thousands
-//! of products are off by as much where each is rounded to `f32`.
+//! of products are off by as much where each is rounded to `f32`. (Beyond 3.39e38 a value becomes infinite, and pieces
+//! below 1.2e-38 are nothing to a tile.)
 
+use super::fixed::RUN;
 use super::matrix::{Ahead, Block, Floats, Integers, Matrix, Part, PreparedRow};
 use super::norm::load;
 use super::simd::{Codes, Dots, Isa, LANES, Simd};
@@ -31,6 +33,7 @@ const STEP_BYTES: usize = TILE * PANEL * size_of::<u32>();
 const BF16_INPUTS: usize = 2 * TILE;
 /// Inputs of a tile of bytes.
 const BYTE_INPUTS: usize = 4 * TILE;
+const _: () = assert!(RUN.is_multiple_of(BYTE_INPUTS));
 /// Bytes of a panel in a block: those of a tile's rows find room beside them in the L1 cache.
 const BLOCK_BYTES: usize = 16 * 1024;
 /// Rows of one piece that meet a panel before the next is read.
@@ -72,7 +75,7 @@ impl<const PIECES: usize> Matrix for TiledFloats<'_, PIECES> {
     }
 
     fn direct_rows<S: Simd>() -> usize {
-        2 * TILE
+        Self::tile_rows::<S>()
     }
 
     fn values(&self, k: usize) -> usize {
@@ -182,7 +185,7 @@ impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
     }
 
     fn direct_rows<S: Simd>() -> usize {
-        2 * TILE / R::PIECES
+        Self::tile_rows::<S>()
     }
 
     fn values(&self, k: usize) -> usize {
@@ -334,6 +337,7 @@ impl<C: Codes, R: TiledRows> TiledIntegers<'_, C, R> {
 
 /// Multiplies tiles that stay in the L1 cache so many times, and gives the number of multiplications and additions.
 pub(super) fn multiply_in_cache(dots: Dots, times: usize) -> usize {
+    assert!(is_supported(), "this machine has no tiles");
     const STEPS: usize = 8;
     let operand = Bytes64([0_u8; STEPS * STEP_BYTES]);
     let mut sums = Bytes64([0_u32; 2 * TILE * PANEL]);
@@ -368,7 +372,7 @@ pub(super) fn multiply_in_cache(dots: Dots, times: usize) -> usize {
 }
 
 /// Words of a panel that a run takes in quads.
-const RUN_WORDS: usize = super::fixed::RUN / 4 * PANEL;
+const RUN_WORDS: usize = RUN / 4 * PANEL;
 
 /// Aligned to a line of the cache.
 #[derive(Clone, Copy)]
@@ -428,6 +432,10 @@ impl Drop for Configuration {
 
 /// Two tiles of rows, the second of which may have none, by those of a panel. `sums` are (rows, PANEL).
 #[repr(C)]
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "there are no tiles that would read it")
+)]
 struct Product {
     /// Of each step and piece, a line of each row of the first tile, then of the second.
     rows: *const u8,
@@ -501,16 +509,32 @@ mod registers {
             first, first, second, second, first, second, TILE as u8, TILE as u8,
         ]);
         // SAFETY: the machine has tiles, or there would be no configuration of theirs; the compiler uses none.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &memory, options(nostack, readonly)) };
+        unsafe {
+            asm!(
+                "ldtilecfg [{}]",
+                in(reg) &memory,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, readonly),
+            );
+        }
     }
 
     #[inline(always)]
     pub(super) fn release() {
         // SAFETY: as above.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        unsafe {
+            asm!(
+                "tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, nomem),
+            );
+        }
     }
 
-    /// A product by `$dot`: with `$second`, there is a second tile of rows.
+    /// A product by `$dot`; with an empty text for `$second`, which repeats what is in brackets, there is a second tile of
+    /// rows.
     macro_rules! product {
         ($product:expr, $dot:literal, [$($second:literal)?]) => {
             asm!(

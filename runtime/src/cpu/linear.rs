@@ -1,12 +1,12 @@
 //! Linear layers with what surrounds them: `out = act(norm(x) * W^T + b) + residual`.
 //!
 //! Every output is one chain of fused multiply-adds over k = 0, 1, .. K-1 from zero (with integer
-//! weights, over runs of inputs), then the bias, the activation, the residual. Blocking never splits a
+//! weights, over runs of inputs; of bf16 in the tiles of [`super::amx`], in their order), then the bias, the activation, the residual. Blocking never splits a
 //! chain: partial sums are kept in `f32` and resumed. So a row has the same bits whatever it is computed
 //! together with.
 //!
 //! W is taken panel by panel. Up to a few rows, a tile of all the rows and a whole panel across streams
-//! through memory. For more, a block of a panel that stays in the L2 cache meets all rows of a chunk
+//! through memory. For more, a block of a panel that stays in the L2 cache (that of AMX in L1) meets all rows of a chunk
 //! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
 //! fetched. Weights are converted in registers.
 
@@ -204,7 +204,10 @@ fn multiply<M: Matrix>(
 ) {
     let (isa, pool) = (cpu.isa, &cpu.pool);
     let (t, k) = (out.rows(), op.weight.k());
-    let tiles = Tiles::new(t, isa.run(TileRows::<M>(PhantomData)));
+    let tile_rows = isa.run(TileRows::<M>(PhantomData));
+    // No chunk is to be less than a tile.
+    assert!(tile_rows <= STREAMED_ROWS);
+    let tiles = Tiles::new(t, tile_rows);
     let (values, runs) = (weight.values(k), weight.runs(k));
 
     let prepare = Prepare {

@@ -46,7 +46,7 @@ pub(super) trait Matrix: Copy + Sync {
     /// Runs that end with input `k`, or before.
     fn runs(&self, k: usize) -> usize;
 
-    /// Inputs of a block that stays in the L2 cache: whole runs and lines.
+    /// Inputs of a block that stays in a cache, the L2 or the L1: whole runs and lines.
     fn block_inputs(&self) -> usize;
 
     /// Bytes that `inputs` inputs of a panel take, about.
@@ -302,7 +302,7 @@ impl<'a, C: Codes, R: IntRows> Integers<'a, C, R> {
         }
     }
 
-    /// Whether each run is of whole `inputs`.
+    /// Whether each run is of whole `inputs`, of which [`RUN`] is a multiple.
     pub(super) fn runs_are_of(&self, inputs: usize) -> bool {
         self.group.is_multiple_of(inputs) && self.k.is_multiple_of(inputs)
     }

@@ -11,6 +11,8 @@ use std::time::Instant;
 pub struct Peak {
     /// Of fused multiply-adds of f32.
     pub float_gflop_per_s: f64,
+    /// Of products of rows of f32 and bf16, where kernels make them of pieces of bf16.
+    pub bf16_pieces_gflop_per_s: Option<f64>,
     /// Of products of bf16, as kernels make them that round rows to bf16.
     pub bf16_gflop_per_s: f64,
     /// Of products with integers of 16 bits, as kernels with integer weights make them.
@@ -40,6 +42,7 @@ pub fn peak(pool: &ThreadPool, isa: Isa) -> Peak {
     };
     Peak {
         float_gflop_per_s: rate(pool, isa, Floats),
+        bf16_pieces_gflop_per_s: isa.multiplies_tiles().then(|| bf16 / amx::WHOLE as f64),
         bf16_gflop_per_s: bf16,
         // An integer of 16 bits is two of 8 where these are multiplied by one instruction.
         integer_gop_per_s: match isa.multiplies_quads() {
@@ -190,15 +193,15 @@ mod tests {
         for isa in isas() {
             let peak = peak(&pool, isa);
             // Sixteen lanes a cycle, in one register or in parts, at less than 6 GHz and with twice the room;
-            // products that were made once for all rounds would be faster than that. Tiles are sixteen rows more.
-            let rows = if isa.multiplies_tiles() { 16.0 } else { 1.0 };
+            // products that were made once for all rounds would be faster than that. Tiles have sixteen rows.
+            let in_tiles = if isa.multiplies_tiles() { 16 } else { 1 };
             for (rate, operations) in [
                 (peak.float_gflop_per_s, 2),
-                (peak.bf16_gflop_per_s, 4),
-                (peak.integer_gop_per_s, 4),
-                (peak.int8_gop_per_s, 8),
+                (peak.bf16_gflop_per_s, 4 * in_tiles),
+                (peak.integer_gop_per_s, 4 * in_tiles),
+                (peak.int8_gop_per_s, 8 * in_tiles),
             ] {
-                let most = 6.0 * 2.0 * 16.0 * rows * f64::from(operations);
+                let most = 6.0 * 2.0 * 16.0 * f64::from(operations);
                 assert!(rate > 0.01 && rate < most, "{isa}: {rate}");
             }
         }

@@ -132,8 +132,10 @@ impl Packed {
             "int8",
             "int8:g32",
             "int8:g160",
+            "int8:g192",
             "int4:g32",
             "int4:g64",
+            "int4:g192",
             "int4:g288",
         ];
         let ints = formats.map(|format| {

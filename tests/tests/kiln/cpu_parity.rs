@@ -29,7 +29,7 @@ fn instruction_sets(bundle: &TestBundle) -> Vec<&'static str> {
             .status
             .success()
     };
-    let sets: Vec<_> = ["portable", "avx2", "avx512", "neon"]
+    let sets: Vec<_> = ["portable", "avx2", "avx512", "amx", "neon"]
         .into_iter()
         .filter(runs)
         .collect();
