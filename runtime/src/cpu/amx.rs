@@ -94,10 +94,6 @@ impl<const PIECES: usize> Matrix for TiledFloats<'_, PIECES> {
         self.0.bytes(inputs)
     }
 
-    fn prefetch_bytes<S: Simd>(simd: S, _: usize) -> usize {
-        simd.stream_ahead()
-    }
-
     #[inline(always)]
     fn block(&self, panel: usize, k: usize) -> Block {
         self.0.block(panel, k)
@@ -202,10 +198,6 @@ impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
 
     fn bytes(&self, inputs: usize) -> usize {
         self.0.bytes(inputs)
-    }
-
-    fn prefetch_bytes<S: Simd>(simd: S, _: usize) -> usize {
-        simd.stream_ahead()
     }
 
     #[inline(always)]

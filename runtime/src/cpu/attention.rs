@@ -567,15 +567,12 @@ impl<F: Factors> Part<'_, F> {
         let keys = self.cache[self.keys_range(head, block)].as_ptr();
         let mut sum = simd.zero();
         let inputs = F::WORDS * F::INPUTS;
-        let ahead = simd.stream_ahead();
         for (d, words) in (0..).step_by(inputs).zip(q.chunks_exact(F::WORDS)) {
             let step = Step {
                 at: keys.wrapping_add(d * BLOCK_TOKENS),
                 to_vector: 0,
             };
-            if ahead > 0 {
-                simd.prefetch(step.at.wrapping_byte_add(ahead).cast());
-            }
+            simd.prefetch_stream(step.at.cast());
             // SAFETY: these components of a block's keys, which are (D, 16).
             let [key] = unsafe { F::columns::<S, 1, 0>(simd, step) };
             sum = F::add_products(simd, sum, key, words[0]);

@@ -71,22 +71,12 @@ impl Kernel for Sum<'_> {
     fn run<S: Simd>(self, simd: S) -> f32 {
         const UNROLL: usize = 4;
         let mut sums = [simd.zero(); UNROLL];
-        let ahead = simd.stream_ahead();
         for chunk in self.0.chunks_exact(UNROLL * LANES) {
             for (i, sum) in sums.iter_mut().enumerate() {
-                if ahead > 0 {
-                    simd.prefetch(
-                        chunk
-                            .as_ptr()
-                            .wrapping_add(i * LANES)
-                            .wrapping_byte_add(ahead)
-                            .cast(),
-                    );
-                }
+                let p = chunk.as_ptr().wrapping_add(i * LANES);
+                simd.prefetch_stream(p.cast());
                 // SAFETY: the chunk has UNROLL vectors.
-                *sum = simd.add(*sum, unsafe {
-                    simd.load_f32(chunk.as_ptr().add(i * LANES))
-                });
+                *sum = simd.add(*sum, unsafe { simd.load_f32(p) });
             }
         }
         let [a, b, c, d] = sums;

@@ -1,16 +1,16 @@
 //! Linear layers with what surrounds them: `out = act(norm(x) * W^T + b) + residual`.
 //!
 //! Every output is one chain of fused multiply-adds over k = 0, 1, .. K-1 from zero (with integer
-//! weights, over runs of inputs; of bf16 in the tiles of [`super::amx`], in their order), then the bias, the activation, the residual. Blocking never splits a
-//! chain: partial sums are kept in `f32` and resumed. So a row has the same bits whatever it is computed
-//! together with.
+//! weights, over runs of inputs; of bf16 in the tiles of [`super::amx`], in their order), then the bias, the
+//! activation, the residual. Blocking never splits a chain: partial sums are kept in `f32` and resumed. So a
+//! row has the same bits whatever it is computed together with.
 //!
 //! W is taken panel by panel. Up to a few rows, a tile of all the rows and a whole panel across streams
-//! through memory. For more, a block of a panel that stays in the L2 cache (that of AMX in L1) meets all rows of a chunk
-//! before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is being
-//! fetched. Weights are converted in registers.
+//! through memory. For more, a block of a panel that stays in the L2 cache (that of AMX in L1) meets all rows
+//! of a chunk before the next is read, as in BLIS (Van Zee and van de Geijn 2015), while the next one is
+//! being fetched. Weights are converted in registers.
 
-use super::amx::{ROUNDED, TiledFloats, TiledIntegers, TiledRows, WHOLE};
+use super::amx::{ROUNDED, TiledFloats, TiledIntegers, WHOLE};
 use super::matrix::{Ahead, Floats, Integers, Matrix, Part, PreparedRow};
 use super::norm::{self, Stats};
 use super::pool::partition;
@@ -147,14 +147,16 @@ pub fn linear(cpu: &mut Cpu, op: &Linear<'_>, x: Rows<'_>, mut out: RowsMut<'_>)
             multiply(cpu, op, Floats::<Singles<_>>::new(weight, k), x, &mut out);
         }
         Panels::Float(Storage::Bf16(weight)) => match op.activations {
-            Some(Activations::Bf16) => match TiledFloats::<ROUNDED>::new(cpu.isa, weight, k) {
-                Some(tiled) => multiply(cpu, op, tiled, x, &mut out),
-                None => multiply(cpu, op, Floats::<Bf16Pairs>::new(weight, k), x, &mut out),
-            },
-            _ => match TiledFloats::<WHOLE>::new(cpu.isa, weight, k) {
-                Some(tiled) => multiply(cpu, op, tiled, x, &mut out),
-                None => multiply(cpu, op, Floats::<Bf16Singles>::new(weight, k), x, &mut out),
-            },
+            Some(Activations::Bf16) => {
+                let tiled = TiledFloats::<ROUNDED>::new(cpu.isa, weight, k);
+                let vectors = Floats::<Bf16Pairs>::new(weight, k);
+                multiply_either(cpu, op, tiled, vectors, x, &mut out);
+            }
+            _ => {
+                let tiled = TiledFloats::<WHOLE>::new(cpu.isa, weight, k);
+                let vectors = Floats::<Bf16Singles>::new(weight, k);
+                multiply_either(cpu, op, tiled, vectors, x, &mut out);
+            }
         },
         Panels::Int(panels) => match panels.format {
             IntFormat::Int8 { .. } => multiply_integers::<Bytes>(cpu, op, panels, x, &mut out),
@@ -173,25 +175,31 @@ fn multiply_integers<C: Codes>(
     let k = op.weight.k();
     match op.activations {
         Some(Activations::Int8) => {
-            multiply_quads(cpu, op, Integers::<C, Quads>::new(panels, k), x, out);
+            let vectors = Integers::<C, Quads>::new(panels, k);
+            let tiled = TiledIntegers::new(cpu.isa, vectors, out.rows());
+            multiply_either(cpu, op, tiled, vectors, x, out);
         }
         _ if cpu.isa.multiplies_quads() => {
-            multiply_quads(cpu, op, Integers::<C, Halves>::new(panels, k), x, out);
+            let vectors = Integers::<C, Halves>::new(panels, k);
+            let tiled = TiledIntegers::new(cpu.isa, vectors, out.rows());
+            multiply_either(cpu, op, tiled, vectors, x, out);
         }
         _ => multiply(cpu, op, Integers::<C, Pairs>::new(panels, k), x, out),
     }
 }
 
-fn multiply_quads<C: Codes, R: TiledRows>(
+/// Multiplies in tiles of AMX where there are any for it, else in vectors.
+fn multiply_either(
     cpu: &mut Cpu,
     op: &Linear<'_>,
-    weight: Integers<'_, C, R>,
+    tiled: Option<impl Matrix>,
+    vectors: impl Matrix,
     x: Rows<'_>,
     out: &mut RowsMut<'_>,
 ) {
-    match TiledIntegers::new(cpu.isa, weight, out.rows()) {
+    match tiled {
         Some(tiled) => multiply(cpu, op, tiled, x, out),
-        None => multiply(cpu, op, weight, x, out),
+        None => multiply(cpu, op, vectors, x, out),
     }
 }
 

@@ -53,8 +53,10 @@ pub(super) trait Matrix: Copy + Sync {
     fn bytes(&self, inputs: usize) -> usize;
 
     /// Bytes from the weights being multiplied to those being asked for, by a tile of `rows` rows that meets
-    /// each once.
-    fn prefetch_bytes<S: Simd>(simd: S, rows: usize) -> usize;
+    /// each once: as of any stream, unless it depends on the tile.
+    fn prefetch_bytes<S: Simd>(simd: S, _rows: usize) -> usize {
+        simd.stream_ahead()
+    }
 
     /// The block that begins with input `k`; what lies behind the panel for its end.
     fn block(&self, panel: usize, k: usize) -> Block;

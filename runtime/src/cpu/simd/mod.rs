@@ -273,6 +273,15 @@ pub(super) trait Simd: Copy {
         0
     }
 
+    /// Asks, where that pays, for what a stream from memory that is read at `p` will want.
+    #[inline(always)]
+    fn prefetch_stream(self, p: *const u8) {
+        let ahead = self.stream_ahead();
+        if ahead > 0 {
+            self.prefetch(p.wrapping_add(ahead));
+        }
+    }
+
     /// Runs `kernel` as a function of its own. Implementations are `#[inline(never)]` themselves, and
     /// without target features, because rustc drops that attribute from functions that have some.
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
