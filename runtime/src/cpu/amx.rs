@@ -24,13 +24,13 @@ use kiln_bundle::packing::PANEL;
 use std::mem::MaybeUninit;
 
 /// Rows of a tile, and words of a panel that are one.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 /// Bytes of a row of a tile.
-const ROW_BYTES: usize = 64;
+pub(super) const ROW_BYTES: usize = 64;
 /// Bytes of a panel's words that make up two tiles.
 const STEP_BYTES: usize = TILE * PANEL * size_of::<u32>();
 /// Inputs of a tile of bf16.
-const BF16_INPUTS: usize = 2 * TILE;
+pub(super) const BF16_INPUTS: usize = 2 * TILE;
 /// Inputs of a tile of bytes.
 const BYTE_INPUTS: usize = 4 * TILE;
 const _: () = assert!(RUN.is_multiple_of(BYTE_INPUTS));
@@ -143,7 +143,7 @@ impl<const PIECES: usize> Matrix for TiledFloats<'_, PIECES> {
             ahead,
             ahead_step,
         };
-        configuration.set(heights);
+        configuration.set(Shapes::OfPanels(heights));
         // SAFETY: the caller's; tiles are of these heights.
         unsafe { product.of_bf16() };
     }
@@ -223,7 +223,7 @@ impl<C: Codes, R: TiledRows> Matrix for TiledIntegers<'_, C, R> {
             1 => heights(part.rows),
             _ => [part.rows; 2],
         };
-        configuration.set(heights);
+        configuration.set(Shapes::OfPanels(heights));
         let mut x = part.x.cast::<u8>();
         let mut asked = 0;
         let mut weights = Bytes64([MaybeUninit::<u32>::uninit(); RUN_WORDS]);
@@ -335,7 +335,7 @@ pub(super) fn multiply_in_cache(dots: Dots, times: usize) -> usize {
     let mut sums = Bytes64([0_u32; 2 * TILE * PANEL]);
     let mut configuration = Configuration::default();
     let heights = [TILE; 2];
-    configuration.set(heights);
+    configuration.set(Shapes::OfPanels(heights));
     for _ in 0..times {
         let product = Product {
             rows: operand.0.as_ptr(),
@@ -398,17 +398,26 @@ unsafe fn quads<C: Codes, S: Simd>(simd: S, codes: *const C, words: usize, to: *
     }
 }
 
-/// The heights of a thread's tiles, which are given back when it goes.
+/// What a thread's tiles hold.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shapes {
+    /// Those of a [`Product`]: rows of two tiles, of which the second may have none.
+    OfPanels([usize; 2]),
+    /// Those of [`Sums`]: rows of a tile.
+    OfSums(usize),
+}
+
+/// The shapes of a thread's tiles, which are given back when it goes.
 #[derive(Default)]
-pub(super) struct Configuration([usize; 2]);
+pub(super) struct Configuration(Option<Shapes>);
 
 impl Configuration {
-    /// Tiles of rows of these heights.
+    /// Tiles of these shapes.
     #[inline(always)]
-    fn set(&mut self, heights: [usize; 2]) {
-        if self.0 != heights {
-            registers::configure(heights);
-            self.0 = heights;
+    pub(super) fn set(&mut self, shapes: Shapes) {
+        if self.0 != Some(shapes) {
+            registers::configure(shapes);
+            self.0 = Some(shapes);
         }
     }
 }
@@ -416,10 +425,28 @@ impl Configuration {
 impl Drop for Configuration {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.0 != [0; 2] {
+        if self.0.is_some() {
             registers::release();
         }
     }
+}
+
+/// Sums of products of tiles of bf16: sixteen outputs of a tile of rows, or of two. Rows lie [`ROW_BYTES`] apart, those of
+/// a second tile behind the first [`TILE`].
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "there are no tiles that would read it")
+)]
+pub(super) struct Sums<'a> {
+    /// Of each product where its rows are, and its weights: words of sixteen outputs.
+    pub(super) factors: &'a [[*const u8; 2]],
+    /// From one word of weights to the next.
+    pub(super) weights_row_bytes: usize,
+    /// Whether to continue from the sums, instead of from zero.
+    pub(super) resume: bool,
+    pub(super) sums: *mut f32,
+    /// From a row to the next.
+    pub(super) sums_row_bytes: usize,
 }
 
 /// Two tiles of rows, the second of which may have none, by those of a panel. `sums` are (rows, PANEL).
@@ -448,7 +475,7 @@ struct Product {
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod registers {
-    use super::{PANEL, Product, ROW_BYTES, STEP_BYTES, TILE};
+    use super::{PANEL, Product, ROW_BYTES, STEP_BYTES, Shapes, Sums, TILE};
     use std::arch::{asm, x86_64::__cpuid_count};
     use std::mem::offset_of;
     use std::sync::OnceLock;
@@ -484,11 +511,11 @@ mod registers {
         rows: [u8; 16],
     }
 
-    /// Tiles 0 and 1 are sums of the first rows, 2 and 3 of the second, 4 and 5 these rows, 6 and 7 weights.
+    /// Of panels, tiles 0 and 1 are sums of the first rows, 2 and 3 of the second, 4 and 5 these rows, 6 and 7 weights. Of
+    /// sums, 0 and 1 are sums of the first rows and of the second, 2 and 3 rows and weights, 4 and 5 those of half as
+    /// many inputs.
     #[inline(always)]
-    pub(super) fn configure([first, second]: [usize; 2]) {
-        assert!((1..=TILE).contains(&first) && second <= TILE);
-        let (first, second) = (first as u8, second.max(1) as u8);
+    pub(super) fn configure(shapes: Shapes) {
         let mut memory = Memory {
             palette: 1,
             start_row: 0,
@@ -497,9 +524,18 @@ mod registers {
             rows: [0; 16],
         };
         memory.row_bytes[..8].fill(ROW_BYTES as u16);
-        memory.rows[..8].copy_from_slice(&[
-            first, first, second, second, first, second, TILE as u8, TILE as u8,
-        ]);
+        let rows = match shapes {
+            Shapes::OfPanels([first, second]) => {
+                let (a, b) = (first, second.max(1));
+                [a, a, b, b, a, b, TILE, TILE]
+            }
+            Shapes::OfSums(rows) => {
+                memory.row_bytes[4] /= 2;
+                [rows, rows, rows, TILE, rows, TILE / 2, 1, 1]
+            }
+        };
+        assert!(rows.iter().all(|rows| (1..=TILE).contains(rows)));
+        memory.rows[..8].copy_from_slice(&rows.map(|rows| rows as u8));
         // SAFETY: the machine has tiles, or there would be no configuration of theirs; the compiler uses none.
         unsafe {
             asm!(
@@ -605,6 +641,72 @@ mod registers {
         };
     }
 
+    /// Sums, where rows and weights are tiles `$rows` and `$weights`; with an empty text for `$second`, which repeats what
+    /// is in brackets, of two tiles of rows.
+    macro_rules! sums {
+        ($sums:expr, $rows:literal, $weights:literal, [$($second:literal)?]) => {
+            asm!(
+                "test {resume}, {resume}",
+                "jz 2f",
+                "tileloadd tmm0, [{first} + {sums_row}]",
+                $(concat!("tileloadd tmm1, [{second} + {sums_row}]", $second),)?
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                $(concat!("tilezero tmm1", $second),)?
+                "3:",
+                "mov {t}, [{factors} + 8]",
+                concat!("tileloadd ", $weights, ", [{t} + {weights_row}]"),
+                "mov {t}, [{factors}]",
+                concat!("tileloadd ", $rows, ", [{t} + {row}]"),
+                concat!("tdpbf16ps tmm0, ", $rows, ", ", $weights),
+                $(concat!("tileloadd ", $rows, ", [{t} + {row} + {SECOND}]", $second),
+                concat!("tdpbf16ps tmm1, ", $rows, ", ", $weights),)?
+                "add {factors}, 16",
+                "dec {count}",
+                "jnz 3b",
+                "tilestored [{first} + {sums_row}], tmm0",
+                $(concat!("tilestored [{second} + {sums_row}], tmm1", $second),)?
+                // Not read of a single tile of rows.
+                "/* {second} {SECOND} */",
+                resume = in(reg) usize::from($sums.resume),
+                factors = inout(reg) $sums.factors.as_ptr() => _,
+                count = inout(reg) $sums.factors.len() => _,
+                weights_row = in(reg) $sums.weights_row_bytes,
+                row = in(reg) ROW_BYTES,
+                first = in(reg) $sums.sums,
+                second = in(reg) $sums.sums.wrapping_byte_add(TILE * $sums.sums_row_bytes),
+                sums_row = in(reg) $sums.sums_row_bytes,
+                t = out(reg) _,
+                SECOND = const TILE * ROW_BYTES,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            )
+        };
+    }
+
+    impl Sums<'_> {
+        /// Adds products of [`BF16_INPUTS`](super::BF16_INPUTS) inputs, or of HALF as many, of a tile of rows or of two.
+        ///
+        /// # Safety
+        /// Tiles have the shapes of [`Shapes::OfSums`], of [`TILE`] rows if there are `two`; what is read and written
+        /// exists.
+        #[inline(always)]
+        pub(in crate::cpu) unsafe fn add<const HALF: bool>(&self, two: bool) {
+            assert!(!self.factors.is_empty(), "a product");
+            // SAFETY: the caller's.
+            unsafe {
+                match (two, HALF) {
+                    (false, false) => sums!(self, "tmm2", "tmm3", []),
+                    (true, false) => sums!(self, "tmm2", "tmm3", [""]),
+                    (false, true) => sums!(self, "tmm4", "tmm5", []),
+                    (true, true) => sums!(self, "tmm4", "tmm5", [""]),
+                }
+            }
+        }
+    }
+
     // A row of sums is two of a tile.
     const _: () = assert!(PANEL * size_of::<f32>() == 2 * ROW_BYTES);
 
@@ -644,17 +746,23 @@ mod registers {
 /// Where there are no tiles.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod registers {
-    use super::Product;
+    use super::{Product, Shapes, Sums};
 
     pub(super) fn are_there() -> bool {
         false
     }
 
-    pub(super) fn configure(_: [usize; 2]) {
+    pub(super) fn configure(_: Shapes) {
         unreachable!("no tiles")
     }
 
     pub(super) fn release() {}
+
+    impl Sums<'_> {
+        pub(in crate::cpu) unsafe fn add<const HALF: bool>(&self, _: bool) {
+            unreachable!("no tiles")
+        }
+    }
 
     impl Product {
         pub(super) unsafe fn of_bf16(&self) {

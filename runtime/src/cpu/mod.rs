@@ -7,7 +7,7 @@
 //! **The bits of a row depend on that row alone.** Every reduction has one fixed order (over k, over
 //! d, over positions), whatever the other rows of the step, the tile a row falls into, the chunks a
 //! prompt is fed in, or the number of threads. The AVX2, AVX-512 and NEON forms agree with each other
-//! (with rows of bf16, but for subnormal numbers), and AMX with them, but where weights are bf16;
+//! (with rows of bf16, but for subnormal numbers), and AMX with them, but where bf16 is multiplied;
 //! the portable form rounds products before it adds them where the target has no fused
 //! multiply-add, and so may differ from them.
 //!

@@ -166,19 +166,18 @@ impl<E: Element> Factors for Singles<E> {
     }
 }
 
-/// Rows of `f32`, which may be ROUNDED to bf16, beside bf16 whose inputs lie together in twos, the first in the lower
-/// half of a word: as [`Singles`].
+/// Rows of `f32` beside bf16 whose inputs lie together in twos, the first in the lower half of a word: as [`Singles`].
 #[derive(Clone, Copy)]
-pub(super) struct Bf16Singles<const ROUNDED: bool = false>;
+pub(super) struct Bf16Singles;
 
-impl<const ROUNDED: bool> Factors for Bf16Singles<ROUNDED> {
+impl Factors for Bf16Singles {
     type Element = bf16;
     type Column<S: Simd> = S::V;
 
     const INPUTS: usize = 1;
     const WORDS: usize = 2;
     const TOGETHER: usize = 2;
-    const AS_THEY_ARE: bool = !ROUNDED;
+    const AS_THEY_ARE: bool = true;
     const DOTS: Option<Dots> = None;
 
     fn tile_rows<S: Simd>() -> usize {
@@ -187,16 +186,8 @@ impl<const ROUNDED: bool> Factors for Bf16Singles<ROUNDED> {
 
     #[inline(always)]
     unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V) {
-        // SAFETY: the caller's; and the array has sixteen values.
-        unsafe {
-            let mut kept = values;
-            if const { ROUNDED } {
-                let mut rounded = [bf16::ZERO; LANES];
-                simd.store_bf16(rounded.as_mut_ptr(), values);
-                kept = simd.load_bf16(rounded.as_ptr());
-            }
-            simd.store_f32(p.cast(), kept);
-        }
+        // SAFETY: the caller's.
+        unsafe { simd.store_f32(p.cast(), values) }
     }
 
     #[inline(always)]

@@ -4,28 +4,35 @@
 //! those of a chunk of positions are kept, never a (T, T) matrix. A row's *share* of a chunk is the sum of its values,
 //! weighted by a softmax of the chunk alone; shares are merged in order.
 //!
-//! A row's bits depend on its own query and on the positions up to its own: scores are chains over d, a softmax has an
-//! exact maximum and sums by position modulo 16, a weighted sum of values is a chain over positions. Tiles, chunks of a
-//! prompt, batches and threads change none of these. Slots behind a row's last position are masked before they can take
-//! part, whatever they hold.
+//! A row's bits depend on its own query and on the positions up to its own: scores are sums over d in a fixed order, a
+//! softmax has an exact maximum and sums by position modulo 16, a weighted sum of values is one over positions in a fixed
+//! order. Tiles, chunks of a prompt, batches and threads change none of these. Slots behind a row's last position are
+//! masked before they can take part, whatever they hold.
+//!
+//! What is multiplied, and in which order it is summed, are [`Products`]: by vectors, or by the tiles of AMX.
 //!
 //! A single row of a sequence is no tile. Tasks are of its chunks, cut between heads only where threads are to have as
 //! much to do; in a chunk, all heads take what they want of a block before any goes on to the next. So a thread streams
 //! keys, and then values, as they lie in memory.
+
+mod amx;
+mod vectors;
 
 use super::kv_cache::{KvCache, KvLayout, width};
 use super::norm;
 use super::pool::partition;
 use super::rows::SharedRows;
 use super::scratch::Shards;
-use super::simd::{Dots, Kernel, LANES, Outlined, Simd};
+use super::simd::{Dots, Element, Kernel, LANES, Outlined, Simd};
 use super::storage::Storage;
-use super::tile::{Bf16Pairs, Bf16Singles, Factors, LINE, Singles, Step, Tile, Tiles};
+use super::tile::{Bf16Pairs, Bf16Singles, LINE, Singles, Tiles};
 use super::{Cpu, Rows, RowsMut};
+use amx::Amx;
 use kiln_bundle::{Activations, BLOCK_TOKENS};
 use std::cmp::Reverse;
 use std::marker::PhantomData;
 use std::ops::Range;
+use vectors::Vectors;
 
 // A vector of scores is a block.
 const _: () = assert!(BLOCK_TOKENS == LANES);
@@ -72,8 +79,8 @@ pub struct Attention<'a> {
     pub cache: KvCache<'a>,
     /// What queries are multiplied with first.
     pub scale: f32,
-    /// What queries, and what values are weighted with, are rounded to where the cache is of the same kind of
-    /// numbers; else they stay `f32`.
+    /// Where rows are rounded for linear layers, and the cache is of bf16, queries and what values are weighted with are
+    /// rounded to bf16; else they stay `f32`.
     pub activations: Option<Activations>,
 }
 
@@ -122,28 +129,27 @@ pub fn attention(cpu: &mut Cpu, op: &Attention<'_>, mut out: RowsMut<'_>) {
         );
     }
     match op.cache.data {
-        Storage::F32(cache) => attend::<Singles<_>>(cpu, op, cache, &mut out),
-        Storage::F16(cache) => attend::<Singles<_>>(cpu, op, cache, &mut out),
+        Storage::F32(cache) => attend::<Vectors<Singles<_>>>(cpu, op, cache, &mut out),
+        Storage::F16(cache) => attend::<Vectors<Singles<_>>>(cpu, op, cache, &mut out),
         Storage::Bf16(cache) => match op.activations {
-            Some(Activations::Bf16) => match cpu.isa.multiplies_tiles() {
-                // Processors that have tiles are slow at products of pairs.
-                true => attend::<Bf16Singles<true>>(cpu, op, cache, &mut out),
-                false => attend::<Bf16Pairs>(cpu, op, cache, &mut out),
+            Some(_) => match cpu.isa.multiplies_tiles() {
+                true => attend::<Amx>(cpu, op, cache, &mut out),
+                false => attend::<Vectors<Bf16Pairs>>(cpu, op, cache, &mut out),
             },
-            _ => attend::<Bf16Singles>(cpu, op, cache, &mut out),
+            None => attend::<Vectors<Bf16Singles>>(cpu, op, cache, &mut out),
         },
     }
 }
 
-fn attend<F: Factors>(
+fn attend<P: Products>(
     cpu: &mut Cpu,
     op: &Attention<'_>,
-    cache: &[F::Element],
+    cache: &[P::Element],
     out: &mut RowsMut<'_>,
 ) {
     let isa = cpu.isa;
     let (heads, head_dim) = (op.cache.layout.heads, op.cache.layout.head_dim);
-    let tile_rows = isa.run(TileRows::<F>(PhantomData));
+    let tile_rows = isa.run(TileRows::<P>(PhantomData));
     let cut = |sequence: &Sequence<'_>| Tiles::new(sequence.rows, tile_rows);
 
     // Long sequences first, and the last tiles of each first: where a thread helps another, the long tasks are
@@ -188,7 +194,7 @@ fn attend<F: Factors>(
     }
     let buffers = Shards::new(buffers);
     let out = out.shared();
-    let part = |w: &Work| Part::<F> {
+    let part = |w: &Work| Part::<P> {
         cache,
         op,
         sequence: &op.sequences[w.sequence],
@@ -254,54 +260,165 @@ const fn share_len(head_dim: usize) -> usize {
     width(head_dim) + LANES
 }
 
-/// Components of a key that are multiplied: one without another lies with a zero.
-const fn inputs<F: Factors>(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(F::TOGETHER)
-}
-
 /// Queries in the tiles of an instruction set.
-struct TileRows<F>(PhantomData<F>);
+struct TileRows<P>(PhantomData<P>);
 
-impl<F: Factors> Kernel for TileRows<F> {
+impl<P: Products> Kernel for TileRows<P> {
     type Output = usize;
 
     fn run<S: Simd>(self, _: S) -> usize {
-        F::tile_rows::<S>()
+        P::tile_rows::<S>()
+    }
+}
+
+/// How queries are multiplied with keys, and weights with values: what a task keeps from one product to the next.
+trait Products: Default {
+    /// Of the KV cache.
+    type Element: Element;
+
+    /// Values of a word of a query, or of weights.
+    const INPUTS: usize;
+    /// As [`Kernel::DOTS`].
+    const DOTS: Option<Dots>;
+
+    /// Queries in the tallest tile.
+    fn tile_rows<S: Simd>() -> usize;
+
+    /// Computes a tile as one of as many rows as it takes.
+    fn attend<S: Simd>(simd: S, tile: AttendTile<'_, Self>);
+
+    /// Writes a vector of values as they are in words, which may be fewer.
+    ///
+    /// # Safety
+    /// `p` is valid for writing as many.
+    unsafe fn store<S: Simd>(simd: S, p: *mut u32, values: S::V);
+
+    /// `scores[r][p] = q[r] . k[p]` of `rows` queries, for the whole blocks of some positions, which begin a block:
+    /// (blocks, ROWS, 16). Queries are ROWS rows of words in lines.
+    fn score_tile<S: Simd, const ROWS: usize>(
+        &mut self,
+        simd: S,
+        cache: HeadCache<'_, Self::Element>,
+        positions: Range<usize>,
+        rows: usize,
+        q: &[f32],
+        scores: &mut [f32],
+    );
+
+    /// `scores[p] = q . k[p]` of a single query, for a block's positions: (16). Meanwhile as much memory is asked for at
+    /// `ahead` as its keys take.
+    fn score_row<S: Simd>(
+        &mut self,
+        simd: S,
+        cache: HeadCache<'_, Self::Element>,
+        block: usize,
+        q: &[f32],
+        ahead: *const u8,
+        scores: &mut [f32],
+    );
+
+    /// `sums[r] = sum over positions of weights[r][p] * v[p]`, of a chunk's positions those that a row attends to. Weights
+    /// are words at the beginning of lines, (blocks, ROWS), and zeros behind a row's last one up to a whole line, and
+    /// may be changed there; the sums begin the rows' shares.
+    fn sum_values<S: Simd, const ROWS: usize>(
+        &mut self,
+        simd: S,
+        cache: HeadCache<'_, Self::Element>,
+        reach: Reach,
+        weights: &mut [f32],
+        shares: &mut [f32],
+    );
+
+    /// `sums += sum over positions of weights[p] * v[p]` of a single row, for positions that begin a block; from zero
+    /// where they begin a chunk. Meanwhile as much memory is asked for at `ahead` as these values take.
+    fn add_values<S: Simd>(
+        &mut self,
+        simd: S,
+        cache: HeadCache<'_, Self::Element>,
+        positions: Range<usize>,
+        weights: &[f32],
+        ahead: *const u8,
+        share: &mut [f32],
+    );
+}
+
+/// A head's keys and values of a sequence.
+struct HeadCache<'a, E> {
+    layer: KvCache<'a>,
+    data: &'a [E],
+    head: usize,
+    block_table: &'a [u32],
+}
+
+impl<'a, E> HeadCache<'a, E> {
+    fn head_dim(&self) -> usize {
+        self.layer.layout.head_dim
+    }
+
+    /// Where the keys of block `i` begin, (D', 16), in the whole cache, so that those of other blocks can be found from
+    /// there.
+    #[inline(always)]
+    fn keys(&self, i: usize) -> *const E {
+        let KvCache { layout, layer, .. } = self.layer;
+        let range = layout.keys(self.block_table[i] as usize, layer, self.head);
+        assert!(range.end <= self.data.len());
+        self.data[range.start..].as_ptr()
+    }
+
+    /// The values of block `i`, (16, D').
+    #[inline(always)]
+    fn values(&self, i: usize) -> &'a [E] {
+        let KvCache { layout, layer, .. } = self.layer;
+        &self.data[layout.values(self.block_table[i] as usize, layer, self.head)]
+    }
+}
+
+/// How many positions of a chunk the rows of a tile attend to: each to one more than the one before it.
+#[derive(Clone, Copy)]
+struct Reach {
+    /// Positions before the chunk.
+    first: usize,
+    /// Positions that the first row attends to, from the sequence's first on.
+    common: usize,
+    rows: usize,
+}
+
+impl Reach {
+    /// Of row `r`.
+    #[inline(always)]
+    fn of(self, r: usize) -> usize {
+        (self.common + r).saturating_sub(self.first).min(CHUNK)
     }
 }
 
 /// A sequence's part of an attention, and where it is written to.
-struct Part<'a, F: Factors> {
-    cache: &'a [F::Element],
+struct Part<'a, P: Products> {
+    cache: &'a [P::Element],
     op: &'a Attention<'a>,
     sequence: &'a Sequence<'a>,
     out: SharedRows<'a>,
 }
 
 /// Some neighbouring queries, in one head.
-struct AttendTile<'a, F: Factors> {
-    part: Part<'a, F>,
+struct AttendTile<'a, P: Products> {
+    part: Part<'a, P>,
     head: usize,
     /// Within the sequence.
     rows: Range<usize>,
     scratch: &'a mut [f32],
 }
 
-impl<F: Factors> Kernel for AttendTile<'_, F> {
+impl<P: Products> Kernel for AttendTile<'_, P> {
     type Output = ();
-    const DOTS: Option<Dots> = F::DOTS;
+    const DOTS: Option<Dots> = P::DOTS;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        match F::tile_rows::<S>() {
-            ..=4 => self.attend::<S, 4>(simd),
-            5..=6 => self.attend::<S, 6>(simd),
-            _ => self.attend::<S, 12>(simd),
-        }
+        P::attend(simd, self);
     }
 }
 
-impl<F: Factors> AttendTile<'_, F> {
+impl<P: Products> AttendTile<'_, P> {
     /// Computes the tile as one of ROWS rows, of which the last one is repeated as needed.
     #[inline(always)]
     fn attend<S: Simd, const ROWS: usize>(self, simd: S) {
@@ -311,6 +428,7 @@ impl<F: Factors> AttendTile<'_, F> {
             rows,
             scratch,
         } = self;
+        let mut products = P::default();
         let head_dim = part.op.cache.layout.head_dim;
         let share_len = share_len(head_dim);
         // Positions that the first row attends to, and that the last one does.
@@ -328,45 +446,32 @@ impl<F: Factors> AttendTile<'_, F> {
         }
         for first in (0..longest).step_by(CHUNK) {
             let positions = first..longest.min(first + CHUNK);
-            part.score_tile::<S, ROWS>(simd, head, positions, q, scores);
+            let cache = part.cache(head);
+            products.score_tile::<S, ROWS>(simd, cache, positions, rows.len(), q, scores);
 
             let shares = match first {
                 0 => &mut *merged,
                 _ => &mut *of_chunk,
             };
-            // Positions of the chunk that a row attends to.
-            let row_len = |r: usize| (common + r).saturating_sub(first).min(CHUNK);
+            let reach = Reach {
+                first,
+                common,
+                rows: rows.len(),
+            };
             for r in 0..rows.len() {
-                let len = row_len(r);
+                let len = reach.of(r);
                 if len > 0 {
-                    let numbers = softmax::<F, S>(simd, &mut scores[r * LINE..], ROWS, len);
+                    let numbers = softmax::<P, S>(simd, &mut scores[r * LINE..], ROWS, len);
                     shares[r * share_len + width(head_dim)..][..2].copy_from_slice(&numbers);
                 }
             }
-            // Positions that lie together are taken at once.
-            let together = row_len(0) / F::TOGETHER * F::TOGETHER;
-            for block in (0..together).step_by(BLOCK_TOKENS) {
-                let positions = first + block..first + together.min(block + BLOCK_TOKENS);
-                let weights = &scores[block * ROWS..];
-                part.accumulate::<S, ROWS>(simd, head, positions, weights, shares);
-            }
-            for r in 0..rows.len() {
-                let (mut done, len) = (together, row_len(r));
-                while done < len {
-                    let end = len.min((done + 1).next_multiple_of(BLOCK_TOKENS));
-                    let line = (done / BLOCK_TOKENS * ROWS + r) * LINE;
-                    let weights = &scores[line + done % BLOCK_TOKENS / F::INPUTS..];
-                    let share = &mut shares[r * share_len..];
-                    part.accumulate::<S, 1>(simd, head, first + done..first + end, weights, share);
-                    done = end;
-                }
-            }
+            products.sum_values::<S, ROWS>(simd, part.cache(head), reach, scores, shares);
             if first > 0 {
                 let pairs = merged
                     .chunks_exact_mut(share_len)
                     .zip(of_chunk.chunks(share_len));
                 for (r, (merged, share)) in pairs.enumerate().take(rows.len()) {
-                    if row_len(r) > 0 {
+                    if reach.of(r) > 0 {
                         merge(simd, merged, share);
                     }
                 }
@@ -379,8 +484,8 @@ impl<F: Factors> AttendTile<'_, F> {
 }
 
 /// A sequence's only query, in neighbouring heads, and a chunk of positions.
-struct AttendRow<'a, F: Factors> {
-    part: Part<'a, F>,
+struct AttendRow<'a, P: Products> {
+    part: Part<'a, P>,
     /// Of the chunk.
     positions: Range<usize>,
     heads: Range<usize>,
@@ -389,13 +494,14 @@ struct AttendRow<'a, F: Factors> {
     shares: Option<&'a mut [f32]>,
 }
 
-impl<F: Factors> Kernel for AttendRow<'_, F> {
+impl<P: Products> Kernel for AttendRow<'_, P> {
     type Output = ();
-    const DOTS: Option<Dots> = F::DOTS;
+    const DOTS: Option<Dots> = P::DOTS;
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let AttendRow { part, heads, .. } = self;
+        let mut products = P::default();
         let head_dim = part.op.cache.layout.head_dim;
         let (share_len, q_len) = (share_len(head_dim), width(head_dim));
         let (first, len) = (self.positions.start, self.positions.len());
@@ -406,25 +512,40 @@ impl<F: Factors> Kernel for AttendRow<'_, F> {
         for (i, head) in heads.clone().enumerate() {
             part.load_query::<S, 1>(simd, 0, head, &mut q[i * q_len..]);
         }
+        // The chunk's keys, a head of a block at a time, and then its values: what follows number `i` in time.
+        let of_chunk = len.div_ceil(BLOCK_TOKENS) * heads.len();
+        let head_bytes = q_len * BLOCK_TOKENS * size_of::<P::Element>();
+        let heads_ahead = simd.stream_ahead().div_ceil(head_bytes);
+        let ahead = |i: usize| -> *const u8 {
+            let i = (i + heads_ahead).min(2 * of_chunk - 1);
+            let cache = part.cache(heads.start + i % heads.len());
+            let block = first / BLOCK_TOKENS + i % of_chunk / heads.len();
+            match i < of_chunk {
+                true => cache.keys(block).cast(),
+                false => cache.values(block).as_ptr().cast(),
+            }
+        };
         for block in (0..len).step_by(BLOCK_TOKENS) {
             for (i, head) in heads.clone().enumerate() {
-                let q = &bytemuck::cast_slice(&q[i * q_len..])[..inputs::<F>(head_dim) / F::INPUTS];
-                let line = &mut scores[block * heads.len() + i * LINE..];
-                part.score_row(simd, head, (first + block) / BLOCK_TOKENS, q, line);
+                let at = block * heads.len() + i * LINE;
+                let (q, line) = (&q[i * q_len..], &mut scores[at..]);
+                let (cache, block) = (part.cache(head), (first + block) / BLOCK_TOKENS);
+                products.score_row(simd, cache, block, q, ahead(at / LINE), line);
             }
         }
         let waits = self.shares.is_some();
         let shares = self.shares.unwrap_or(&mut rest[..heads.len() * share_len]);
         for (i, share) in shares.chunks_exact_mut(share_len).enumerate() {
-            let numbers = softmax::<F, S>(simd, &mut scores[i * LINE..], heads.len(), len);
+            let numbers = softmax::<P, S>(simd, &mut scores[i * LINE..], heads.len(), len);
             share[q_len..][..2].copy_from_slice(&numbers);
         }
         for block in (0..len).step_by(BLOCK_TOKENS) {
             let positions = first + block..first + len.min(block + BLOCK_TOKENS);
             for (i, head) in heads.clone().enumerate() {
-                let weights = &scores[block * heads.len() + i * LINE..];
-                let share = &mut shares[i * share_len..][..share_len];
-                part.accumulate::<S, 1>(simd, head, positions.clone(), weights, share);
+                let at = block * heads.len() + i * LINE;
+                let (weights, share) = (&scores[at..], &mut shares[i * share_len..][..share_len]);
+                let (cache, ahead) = (part.cache(head), ahead(of_chunk + at / LINE));
+                products.add_values(simd, cache, positions.clone(), weights, ahead, share);
             }
         }
         if !waits {
@@ -436,14 +557,14 @@ impl<F: Factors> Kernel for AttendRow<'_, F> {
 }
 
 /// Merges the shares of a sequence's only query in one head, and writes its output.
-struct MergeShares<'a, F: Factors, I> {
-    part: Part<'a, F>,
+struct MergeShares<'a, P: Products, I> {
+    part: Part<'a, P>,
     head: usize,
     /// In the order of the chunks.
     shares: I,
 }
 
-impl<'b, F: Factors, I: Iterator<Item = &'b mut [f32]>> Kernel for MergeShares<'_, F, I> {
+impl<'b, P: Products, I: Iterator<Item = &'b mut [f32]>> Kernel for MergeShares<'_, P, I> {
     type Output = ();
 
     #[inline(always)]
@@ -480,7 +601,7 @@ fn merge<S: Simd>(simd: S, merged: &mut [f32], share: &[f32]) {
     merged[maximum_at] = both;
 }
 
-impl<F: Factors> Part<'_, F> {
+impl<P: Products> Part<'_, P> {
     /// A query, scaled, as words of one of ROWS rows in lines.
     #[inline(always)]
     fn load_query<S: Simd, const ROWS: usize>(
@@ -495,187 +616,14 @@ impl<F: Factors> Part<'_, F> {
         let query = &row[head * head_dim..][..head_dim];
         for (i, d) in (0..head_dim).step_by(LANES).enumerate() {
             // A vector of values takes a line, or a part of one.
-            let (line, part) = (i / F::INPUTS, i % F::INPUTS);
+            let (line, part) = (i / P::INPUTS, i % P::INPUTS);
             let words = &mut words[line * ROWS * LINE..][..LINE];
             // SAFETY: these values exist, and the words that they take.
             unsafe {
                 let values = norm::load(simd, query.as_ptr().add(d), head_dim - d);
                 let values = simd.mul(values, simd.splat(self.op.scale));
-                let words = words.as_mut_ptr().add(part * LANES / F::INPUTS);
-                F::store(simd, words.cast(), values);
-            }
-        }
-    }
-
-    /// `scores[r][p] = q[r] . k[p]` for the whole blocks of some positions, which begin a block: (blocks, ROWS, 16).
-    #[inline(always)]
-    fn score_tile<S: Simd, const ROWS: usize>(
-        &self,
-        simd: S,
-        head: usize,
-        positions: Range<usize>,
-        q: &[f32],
-        scores: &mut [f32],
-    ) {
-        let head_dim = self.op.cache.layout.head_dim;
-        let first_block = positions.start / BLOCK_TOKENS;
-        let blocks = positions.len().div_ceil(BLOCK_TOKENS);
-        assert!(scores.len() >= blocks * ROWS * LINE && q.len() >= ROWS * width(head_dim));
-        for first in (0..blocks).step_by(S::TILE_VECTORS) {
-            // Within the whole cache, since a tile goes from one block to another.
-            let keys = |block: usize| {
-                let range = self.keys_range(head, first_block + block.min(blocks - 1));
-                self.cache[range.start..].as_ptr()
-            };
-            let [one, other, next] = [first, first + 1, first + S::TILE_VECTORS].map(keys);
-            let tile = Tile::<F> {
-                k: inputs::<F>(head_dim),
-                a: q.as_ptr().cast(),
-                b: one,
-                b_step: BLOCK_TOKENS,
-                b_vector: (other.addr() as isize - one.addr() as isize)
-                    / size_of::<F::Element>() as isize,
-                c: scores[first * ROWS * LINE..].as_mut_ptr(),
-                c_stride: LINE,
-                c_vector: ROWS * LINE,
-                resume: false,
-                // Of two blocks only the first is asked for.
-                ahead: next.cast(),
-                ahead_step: F::WORDS * F::INPUTS * BLOCK_TOKENS * size_of::<F::Element>(),
-            };
-            // SAFETY: q has ROWS rows of D, each block's keys are (D, 16), and the scores have a line of
-            // each row for each block.
-            unsafe {
-                match first + 1 < blocks && S::TILE_VECTORS == 2 {
-                    true => tile.run::<S, ROWS, 2>(simd),
-                    false => tile.run::<S, ROWS, 1>(simd),
-                }
-            }
-        }
-    }
-
-    /// `scores[p] = q . k[p]` for the positions of a block, (16), given the query's words.
-    #[inline(always)]
-    fn score_row<S: Simd>(
-        &self,
-        simd: S,
-        head: usize,
-        block: usize,
-        q: &[u32],
-        scores: &mut [f32],
-    ) {
-        let keys = self.cache[self.keys_range(head, block)].as_ptr();
-        let mut sum = simd.zero();
-        let inputs = F::WORDS * F::INPUTS;
-        for (d, words) in (0..).step_by(inputs).zip(q.chunks_exact(F::WORDS)) {
-            let step = Step {
-                at: keys.wrapping_add(d * BLOCK_TOKENS),
-                to_vector: 0,
-            };
-            simd.prefetch_stream(step.at.cast());
-            // SAFETY: these components of a block's keys, which are (D, 16).
-            let [key] = unsafe { F::columns::<S, 1, 0>(simd, step) };
-            sum = F::add_products(simd, sum, key, words[0]);
-            if let Some(&word) = words.get(1) {
-                // SAFETY: as above.
-                let [key] = unsafe { F::columns::<S, 1, 1>(simd, step) };
-                sum = F::add_products(simd, sum, key, word);
-            }
-        }
-        // SAFETY: as many scores.
-        unsafe { simd.store_f32(scores[..BLOCK_TOKENS].as_mut_ptr(), sum) };
-    }
-
-    /// `sums[r] += sum over positions of weights[r][position] * v[position]`, where the positions lie
-    /// in one block and begin a word; from zero where they begin a chunk. The weights are a line of each row,
-    /// from the first of the positions on, the sums begin the rows' shares.
-    #[inline(always)]
-    fn accumulate<S: Simd, const ROWS: usize>(
-        &self,
-        simd: S,
-        head: usize,
-        positions: Range<usize>,
-        weights: &[f32],
-        shares: &mut [f32],
-    ) {
-        let head_dim = self.op.cache.layout.head_dim;
-        let width = width(head_dim);
-        let (block, offset) = (
-            positions.start / BLOCK_TOKENS,
-            positions.start % BLOCK_TOKENS,
-        );
-        let values = &self.values(head, block)[offset * width..];
-        let last = positions.len() % F::TOGETHER;
-        let tile = Tile::<F> {
-            k: positions.len() - last,
-            a: weights.as_ptr().cast(),
-            b: values.as_ptr(),
-            b_step: width,
-            b_vector: (F::TOGETHER * LANES) as isize,
-            c: shares.as_mut_ptr(),
-            c_stride: share_len(head_dim),
-            c_vector: LANES,
-            resume: !positions.start.is_multiple_of(CHUNK),
-            ahead: values
-                .as_ptr()
-                .wrapping_byte_add(simd.stream_ahead())
-                .cast(),
-            ahead_step: F::WORDS * F::INPUTS * width * size_of::<F::Element>(),
-        };
-        assert!(values.len() >= (positions.len() + last) * width);
-        assert!(shares.len() >= ROWS * share_len(head_dim));
-        assert!(weights.len() >= (ROWS - 1) * LINE + (positions.len() + last).div_ceil(F::INPUTS));
-        let at = |d: usize| Tile {
-            b: tile.b.wrapping_add(F::TOGETHER * d),
-            ahead: tile
-                .ahead
-                .wrapping_add(F::TOGETHER * d * size_of::<F::Element>()),
-            c: tile.c.wrapping_add(d),
-            ..tile
-        };
-        let mut d = 0;
-        // SAFETY (of all): the columns lie within the values, (positions, D'), and the shares' sums, (D') each; the
-        // weights are as asserted.
-        if ROWS == 1 {
-            while d + 4 * LANES <= width {
-                // SAFETY: as above.
-                unsafe { at(d).run::<S, ROWS, 4>(simd) };
-                d += 4 * LANES;
-            }
-        }
-        if ROWS > 1 && S::TILE_VECTORS == 2 {
-            while d + 2 * LANES <= width {
-                // SAFETY: as above.
-                unsafe { at(d).run::<S, ROWS, 2>(simd) };
-                d += 2 * LANES;
-            }
-        }
-        while d < width {
-            // SAFETY: as above.
-            unsafe { at(d).run::<S, ROWS, 1>(simd) };
-            d += LANES;
-        }
-        if last > 0 {
-            // A position without the one that it lies with. (Of one row; several take whole pairs.)
-            let word = weights[tile.k / F::INPUTS].to_bits();
-            let resume = tile.resume || tile.k > 0;
-            for (d, sums) in (0..width)
-                .step_by(LANES)
-                .zip(shares.chunks_exact_mut(LANES))
-            {
-                let step = Step {
-                    at: values[tile.k * width + F::TOGETHER * d..].as_ptr(),
-                    to_vector: 0,
-                };
-                // SAFETY: as above.
-                unsafe {
-                    let sum = match resume {
-                        true => simd.load_f32(sums.as_ptr()),
-                        false => simd.zero(),
-                    };
-                    let sum = F::add_first(simd, sum, step, word);
-                    simd.store_f32(sums.as_mut_ptr(), sum);
-                }
+                let words = words.as_mut_ptr().add(part * LANES / P::INPUTS);
+                P::store(simd, words.cast(), values);
             }
         }
     }
@@ -697,18 +645,15 @@ impl<F: Factors> Part<'_, F> {
         }
     }
 
-    /// Where a head's keys are in the sequence's block `i`.
+    /// A head's keys and values.
     #[inline(always)]
-    fn keys_range(&self, head: usize, i: usize) -> Range<usize> {
-        let KvCache { layout, layer, .. } = self.op.cache;
-        layout.keys(self.sequence.block_table[i] as usize, layer, head)
-    }
-
-    /// A head's values in the sequence's block `i`.
-    #[inline(always)]
-    fn values(&self, head: usize, i: usize) -> &[F::Element] {
-        let KvCache { layout, layer, .. } = self.op.cache;
-        &self.cache[layout.values(self.sequence.block_table[i] as usize, layer, head)]
+    fn cache(&self, head: usize) -> HeadCache<'_, P::Element> {
+        HeadCache {
+            layer: self.op.cache,
+            data: self.cache,
+            head,
+            block_table: self.sequence.block_table,
+        }
     }
 }
 
@@ -716,7 +661,7 @@ impl<F: Factors> Part<'_, F> {
 /// of each line, and returns the maximum and the sum of these weights before they are rounded: by position modulo 16
 /// first, then across. What follows them up to a whole line becomes zero.
 #[inline(always)]
-fn softmax<F: Factors, S: Simd>(simd: S, scores: &mut [f32], rows: usize, len: usize) -> [f32; 2] {
+fn softmax<P: Products, S: Simd>(simd: S, scores: &mut [f32], rows: usize, len: usize) -> [f32; 2] {
     let last = (len - 1) / LINE;
     let tail = len - last * LINE;
     assert!(scores.len() >= last * rows * LINE + LINE);
@@ -734,12 +679,12 @@ fn softmax<F: Factors, S: Simd>(simd: S, scores: &mut [f32], rows: usize, len: u
         let mut sum = simd.zero();
         for i in 0..last {
             let e = simd.exp(simd.sub(simd.load_f32(line(i)), maximum));
-            F::store(simd, line(i).cast(), e);
+            P::store(simd, line(i).cast(), e);
             sum = simd.add(sum, e);
         }
         let e = simd.exp(simd.sub(simd.load_f32(line(last)), maximum));
         let e = simd.keep_first(e, tail, 0.0);
-        F::store(simd, line(last).cast(), e);
+        P::store(simd, line(last).cast(), e);
         [greatest, simd.sum_lanes(simd.add(sum, e))]
     }
 }
@@ -985,6 +930,29 @@ mod tests {
                     assert_eq!(bits(&out[0]), bits(&whole[1][19 * cols..]));
                     assert_eq!(bits(&out[1]), bits(&whole[0]));
                     assert_eq!(bits(&out[2]), bits(&whole[2][2 * cols..]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_follows_a_row_never_shows_in_it() {
+        let (len, changed) = (75, 37);
+        for (head_dim, kind) in [(64, 0), (20, 2), (64, 3), (80, 3)] {
+            for isa in isas() {
+                let mut cpu = cpu(isa, 1);
+                let mut batch = Batch::new(2, head_dim, &[len], kind);
+                let before = batch.prefill(&mut cpu);
+                let cols = batch.cols();
+                for wrong in [f32::NAN, f32::INFINITY, 1e30] {
+                    batch.k[0][changed * cols..].fill(wrong);
+                    batch.v[0][changed * cols..].fill(wrong);
+                    let after = batch.prefill(&mut cpu);
+                    let [before, after] =
+                        [&before, &after].map(|out| out[0].split_at(changed * cols));
+                    let same = bits(before.0) == bits(after.0);
+                    assert!(same, "{isa}, D {head_dim}, kind {kind}: {wrong}");
+                    assert_ne!(bits(before.1), bits(after.1));
                 }
             }
         }
