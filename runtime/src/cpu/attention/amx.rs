@@ -55,11 +55,8 @@ impl Products for Amx {
         let width = width(cache.head_dim());
         let first = positions.start / BLOCK_TOKENS;
         let blocks = positions.len().div_ceil(BLOCK_TOKENS);
-        for (block, scores) in scores
-            .chunks_exact_mut(ROWS * LINE)
-            .enumerate()
-            .take(blocks)
-        {
+        let scores = scores.chunks_exact_mut(ROWS * LINE).take(blocks);
+        for (block, scores) in scores.enumerate() {
             let keys = cache.keys(first + block);
             for d in (0..width).step_by(MOST * BF16_INPUTS) {
                 let components = d..width.min(d + MOST * BF16_INPUTS);
@@ -100,11 +97,8 @@ impl Products for Amx {
         let whole = reach.of(0) / BLOCK_TOKENS;
         let blocks = reach.of(reach.rows - 1).div_ceil(BLOCK_TOKENS);
         // Rows that end in an earlier block than others have no weights in the later ones.
-        for (block, lines) in weights
-            .chunks_exact_mut(ROWS * LINE)
-            .enumerate()
-            .take(blocks)
-        {
+        let lines_of_blocks = weights.chunks_exact_mut(ROWS * LINE).take(blocks);
+        for (block, lines) in lines_of_blocks.enumerate() {
             for (r, line) in lines.chunks_exact_mut(LINE).enumerate().take(reach.rows) {
                 if reach.of(r) <= block * BLOCK_TOKENS {
                     line.fill(0.0);
@@ -129,18 +123,13 @@ impl Products for Amx {
             // SAFETY (of both): of ROWS rows there are lines of weights, and shares; a block's values are (8, D', 2).
             unsafe { self.add::<true>(&sums, reach.rows) };
             for block in whole..blocks {
-                let len = |r: usize| {
-                    reach
-                        .of(r)
-                        .saturating_sub(block * BLOCK_TOKENS)
-                        .min(BLOCK_TOKENS)
-                };
+                let left = |r: usize| reach.of(r).saturating_sub(block * BLOCK_TOKENS);
+                let len = |r: usize| left(r).min(BLOCK_TOKENS);
                 let all = Kept::of(values(block), width, len(reach.rows - 1));
                 // What has a weight of zero for some rows must be numbers, or each row takes what is its own.
-                let together = if all.is_finite_from(len(0)) {
-                    reach.rows
-                } else {
-                    1
+                let together = match all.is_finite_from(len(0)) {
+                    true => reach.rows,
+                    false => 1,
                 };
                 for r in (0..reach.rows).step_by(together) {
                     let kept = match together {
@@ -280,16 +269,12 @@ impl Kept {
     /// Whether all are numbers, from position `first` on.
     #[inline(always)]
     fn is_finite_from(&self, first: usize) -> bool {
-        self.0
-            .iter()
-            .enumerate()
-            .skip(first / 2)
-            .all(|(pair, values)| {
-                let later = usize::from(2 * pair < first);
-                values
-                    .chunks_exact(2)
-                    .all(|pair| pair[later..].iter().all(|x| x.is_finite()))
-            })
+        let pairs = self.0.iter().enumerate().skip(first / 2);
+        let mut later = pairs.map(|(i, pairs)| (usize::from(2 * i < first), pairs));
+        later.all(|(skipped, pairs)| {
+            let mut values = pairs.chunks_exact(2).flat_map(|pair| &pair[skipped..]);
+            values.all(|value| value.is_finite())
+        })
     }
 
     fn as_ptr(&self) -> *const u8 {
