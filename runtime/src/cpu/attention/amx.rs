@@ -72,14 +72,14 @@ impl Products for Amx {
         cache: HeadCache<'_, bf16>,
         block: usize,
         q: &[f32],
-        ahead: *const u8,
         scores: &mut [f32],
     ) {
         let width = width(cache.head_dim());
         for d in (0..width).step_by(BF16_INPUTS) {
             let components = d..width.min(d + BF16_INPUTS);
-            prefetch_lines(simd, ahead, components.start / 2..components.end / 2);
-            self.score::<1>(cache.keys(block), components, 1, q, scores);
+            let keys = cache.keys(block);
+            prefetch_stream(simd, keys, components.start / 2..components.end / 2);
+            self.score::<1>(keys, components, 1, q, scores);
         }
     }
 
@@ -120,7 +120,7 @@ impl Products for Amx {
                 sums: shares[d..].as_mut_ptr(),
                 sums_row_bytes: share_len * size_of::<f32>(),
             };
-            // SAFETY (of both): of ROWS rows there are lines of weights, and shares; a block's values are (8, D', 2).
+            // SAFETY: of ROWS rows there are lines of weights, and shares; a block's values are (8, D', 2).
             unsafe { self.add::<true>(&sums, reach.rows) };
             for block in whole..blocks {
                 let left = |r: usize| reach.of(r).saturating_sub(block * BLOCK_TOKENS);
@@ -157,7 +157,6 @@ impl Products for Amx {
         cache: HeadCache<'_, bf16>,
         positions: Range<usize>,
         weights: &[f32],
-        ahead: *const u8,
         share: &mut [f32],
     ) {
         let width = width(cache.head_dim());
@@ -165,7 +164,7 @@ impl Products for Amx {
         assert!(weights.len() >= LINE && share.len() >= width);
         for d in (0..width).step_by(LANES) {
             let lines = BLOCK_TOKENS / 2 * d / LANES..BLOCK_TOKENS / 2 * (d / LANES + 1);
-            prefetch_lines(simd, ahead, lines);
+            prefetch_stream(simd, values.as_ptr(), lines);
             let kept;
             let (values, weights_row_bytes) = match positions.len() {
                 BLOCK_TOKENS => (values[2 * d..].as_ptr().cast(), row_bytes(width)),
@@ -216,7 +215,7 @@ impl Amx {
             sums: scores.as_mut_ptr(),
             sums_row_bytes: ROW_BYTES,
         };
-        // SAFETY (of both): keys are (D', 16), and of ROWS rows there are queries and scores.
+        // SAFETY: keys are (D', 16), and of ROWS rows there are queries and scores.
         unsafe { self.add::<false>(&sums, rows) };
         let half = components.start + whole * BF16_INPUTS;
         if half < components.end {
@@ -287,10 +286,10 @@ const fn row_bytes(width: usize) -> usize {
     2 * width * size_of::<bf16>()
 }
 
-/// Asks for some lines of the cache from `ahead` on.
+/// Asks for what a stream will want while some of its lines are read: a few at a time, or products wait for requests.
 #[inline(always)]
-fn prefetch_lines<S: Simd>(simd: S, ahead: *const u8, lines: Range<usize>) {
+fn prefetch_stream<S: Simd>(simd: S, stream: *const bf16, lines: Range<usize>) {
     for line in lines {
-        simd.prefetch(ahead.wrapping_add(line * ROW_BYTES));
+        simd.prefetch_stream(stream.wrapping_byte_add(line * ROW_BYTES).cast());
     }
 }

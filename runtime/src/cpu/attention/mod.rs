@@ -305,15 +305,13 @@ trait Products: Default {
         scores: &mut [f32],
     );
 
-    /// `scores[p] = q . k[p]` of a single query, for a block's positions: (16). Meanwhile as much memory is asked for at
-    /// `ahead` as its keys take.
+    /// `scores[p] = q . k[p]` of a single query, for a block's positions: (16).
     fn score_row<S: Simd>(
         &mut self,
         simd: S,
         cache: HeadCache<'_, Self::Element>,
         block: usize,
         q: &[f32],
-        ahead: *const u8,
         scores: &mut [f32],
     );
 
@@ -330,14 +328,13 @@ trait Products: Default {
     );
 
     /// `sums += sum over positions of weights[p] * v[p]` of a single row, for positions that begin a block; from zero
-    /// where they begin a chunk. Meanwhile as much memory is asked for at `ahead` as these values take.
+    /// where they begin a chunk.
     fn add_values<S: Simd>(
         &mut self,
         simd: S,
         cache: HeadCache<'_, Self::Element>,
         positions: Range<usize>,
         weights: &[f32],
-        ahead: *const u8,
         share: &mut [f32],
     );
 }
@@ -512,25 +509,11 @@ impl<P: Products> Kernel for AttendRow<'_, P> {
         for (i, head) in heads.clone().enumerate() {
             part.load_query::<S, 1>(simd, 0, head, &mut q[i * q_len..]);
         }
-        // The chunk's keys, a head of a block at a time, and then its values: what follows number `i` in time.
-        let of_chunk = len.div_ceil(BLOCK_TOKENS) * heads.len();
-        let head_bytes = q_len * BLOCK_TOKENS * size_of::<P::Element>();
-        let heads_ahead = simd.stream_ahead().div_ceil(head_bytes);
-        let ahead = |i: usize| -> *const u8 {
-            let i = (i + heads_ahead).min(2 * of_chunk - 1);
-            let cache = part.cache(heads.start + i % heads.len());
-            let block = first / BLOCK_TOKENS + i % of_chunk / heads.len();
-            match i < of_chunk {
-                true => cache.keys(block).cast(),
-                false => cache.values(block).as_ptr().cast(),
-            }
-        };
         for block in (0..len).step_by(BLOCK_TOKENS) {
             for (i, head) in heads.clone().enumerate() {
-                let at = block * heads.len() + i * LINE;
-                let (q, line) = (&q[i * q_len..], &mut scores[at..]);
-                let (cache, block) = (part.cache(head), (first + block) / BLOCK_TOKENS);
-                products.score_row(simd, cache, block, q, ahead(at / LINE), line);
+                let line = &mut scores[block * heads.len() + i * LINE..];
+                let (block, q) = ((first + block) / BLOCK_TOKENS, &q[i * q_len..]);
+                products.score_row(simd, part.cache(head), block, q, line);
             }
         }
         let waits = self.shares.is_some();
@@ -542,10 +525,9 @@ impl<P: Products> Kernel for AttendRow<'_, P> {
         for block in (0..len).step_by(BLOCK_TOKENS) {
             let positions = first + block..first + len.min(block + BLOCK_TOKENS);
             for (i, head) in heads.clone().enumerate() {
-                let at = block * heads.len() + i * LINE;
-                let (weights, share) = (&scores[at..], &mut shares[i * share_len..][..share_len]);
-                let (cache, ahead) = (part.cache(head), ahead(of_chunk + at / LINE));
-                products.add_values(simd, cache, positions.clone(), weights, ahead, share);
+                let weights = &scores[block * heads.len() + i * LINE..];
+                let share = &mut shares[i * share_len..][..share_len];
+                products.add_values(simd, part.cache(head), positions.clone(), weights, share);
             }
         }
         if !waits {

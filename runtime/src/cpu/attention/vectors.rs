@@ -93,7 +93,6 @@ impl<F: Factors> Products for Vectors<F> {
         cache: HeadCache<'_, F::Element>,
         block: usize,
         q: &[f32],
-        ahead: *const u8,
         scores: &mut [f32],
     ) {
         let words = inputs::<F>(cache.head_dim()) / F::INPUTS;
@@ -106,7 +105,7 @@ impl<F: Factors> Products for Vectors<F> {
                 at: keys.wrapping_add(d * BLOCK_TOKENS),
                 to_vector: 0,
             };
-            simd.prefetch(ahead.wrapping_add(d * BLOCK_TOKENS * size_of::<F::Element>()));
+            simd.prefetch_stream(step.at.cast());
             // SAFETY: these components of a block's keys, which are (D, 16).
             let [key] = unsafe { F::columns::<S, 1, 0>(simd, step) };
             sum = F::add_products(simd, sum, key, words[0]);
@@ -134,7 +133,7 @@ impl<F: Factors> Products for Vectors<F> {
         for block in (0..together).step_by(BLOCK_TOKENS) {
             let positions = reach.first + block..reach.first + together.min(block + BLOCK_TOKENS);
             let weights = &weights[block * ROWS..];
-            accumulate::<F, S, ROWS>(simd, &cache, positions, weights, None, shares);
+            accumulate::<F, S, ROWS>(simd, &cache, positions, weights, shares);
         }
         for r in 0..reach.rows {
             let (mut done, len) = (together, reach.of(r));
@@ -144,7 +143,7 @@ impl<F: Factors> Products for Vectors<F> {
                 let line = (done / BLOCK_TOKENS * ROWS + r) * LINE;
                 let weights = &weights[line + done % BLOCK_TOKENS / F::INPUTS..];
                 let share = &mut shares[r * share_len(cache.head_dim())..];
-                accumulate::<F, S, 1>(simd, &cache, positions, weights, None, share);
+                accumulate::<F, S, 1>(simd, &cache, positions, weights, share);
                 done = end;
             }
         }
@@ -157,10 +156,9 @@ impl<F: Factors> Products for Vectors<F> {
         cache: HeadCache<'_, F::Element>,
         positions: Range<usize>,
         weights: &[f32],
-        ahead: *const u8,
         share: &mut [f32],
     ) {
-        accumulate::<F, S, 1>(simd, &cache, positions, weights, Some(ahead), share);
+        accumulate::<F, S, 1>(simd, &cache, positions, weights, share);
     }
 }
 
@@ -178,7 +176,6 @@ fn accumulate<F: Factors, S: Simd, const ROWS: usize>(
     cache: &HeadCache<'_, F::Element>,
     positions: Range<usize>,
     weights: &[f32],
-    ahead: Option<*const u8>,
     shares: &mut [f32],
 ) {
     let head_dim = cache.head_dim();
@@ -199,7 +196,10 @@ fn accumulate<F: Factors, S: Simd, const ROWS: usize>(
         c_stride: share_len(head_dim),
         c_vector: LANES,
         resume: !positions.start.is_multiple_of(CHUNK),
-        ahead: ahead.unwrap_or(values.as_ptr().cast()),
+        ahead: values
+            .as_ptr()
+            .wrapping_byte_add(simd.stream_ahead())
+            .cast(),
         ahead_step: F::WORDS * F::INPUTS * width * size_of::<F::Element>(),
     };
     assert!(values.len() >= (positions.len() + last) * width);
