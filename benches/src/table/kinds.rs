@@ -2,7 +2,7 @@
 
 use super::steps::StepPlan;
 use kiln_bundle::{
-    Activations, BufferId, KernelSpec, Linear, Program, RowKind, Rows, Target, WeightFormat,
+    Activations, BufferId, DType, KernelSpec, Linear, Program, RowKind, Rows, Target, WeightFormat,
     work::{Work, kernel_work},
 };
 
@@ -172,6 +172,9 @@ fn kind(target: &Target, program: &Program, kernel: &KernelSpec, plan: &StepPlan
                 heads: *heads as usize,
                 head_dim: *head_dim as usize,
             });
+            if target.activations.is_some() && target.dtype == DType::Bf16 {
+                arithmetic = Arithmetic::Bf16;
+            }
             (
                 format!("attention, {heads} heads of {head_dim}"),
                 format!(
