@@ -44,8 +44,8 @@ pub struct Arguments {
     #[arg(long, value_name = "FORMAT")]
     lm_head: Option<WeightFormat>,
     /// What the CPU rounds rows of activations to before products with numbers of the same kind: int8 (a scale
-    /// for each 128 inputs of a row) beside weights of int8 or int4, bf16 beside weights of bf16; and with either
-    /// bf16 beside a KV cache of bf16.
+    /// for each 128 inputs of a row) beside weights of int8 or int4, bf16 beside weights of bf16; with either,
+    /// attention multiplies bf16 where the KV cache is of that.
     /// Prompts and batches are computed faster on processors with AVX-512 VNNI or BF16, with int8 also on those
     /// of Arm with DotProd, and logits are less exact [default: f32 stays f32, and becomes integers of 16 bits
     /// beside integers]

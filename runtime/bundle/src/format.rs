@@ -93,7 +93,8 @@ pub enum WeightFormat {
 
 /// What a CPU rounds rows of activations to before a product with weights of the same kind of numbers,
 /// where that is less than they have: half of the bits, and with them less work where the processor has
-/// dot products of such numbers.
+/// dot products of such numbers. With either, attention rounds queries, and what values are weighted with, to bf16 beside
+/// a KV cache of bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activations {

@@ -7,6 +7,9 @@
 //! **Integers** are summed exactly, and so have the bits that they have everywhere. Rows of 16 bits are two pieces of
 //! 8 bits, whose products are tiles of their own.
 //!
+//! Attention multiplies bf16 too ([`Sums`]): queries with a block's keys, and what values are weighted with with values,
+//! of which a block has half as many as a tile takes.
+//!
 //! **bf16** is summed in an order of its own: of 32 inputs the products of those of even number are a chain of fused
 //! multiply-adds from zero, and so are the others; both are added to each other, then to the sum. Any number of rows is
 //! multiplied so, and so the bits of a row still depend on that row alone. Rows of `f32` are two pieces of bf16, of which

@@ -92,13 +92,14 @@ impl Products for Amx {
         weights: &mut [f32],
         shares: &mut [f32],
     ) {
+        const { assert!(ROWS.is_multiple_of(TILE)) };
         let (width, share_len) = (width(cache.head_dim()), share_len(cache.head_dim()));
         // Blocks of which all rows attend to each position, and all blocks.
         let whole = reach.of(0) / BLOCK_TOKENS;
         let blocks = reach.of(reach.rows - 1).div_ceil(BLOCK_TOKENS);
         // Rows that end in an earlier block than others have no weights in the later ones.
         let lines_of_blocks = weights.chunks_exact_mut(ROWS * LINE).take(blocks);
-        for (block, lines) in lines_of_blocks.enumerate() {
+        for (block, lines) in lines_of_blocks.enumerate().skip(whole) {
             for (r, line) in lines.chunks_exact_mut(LINE).enumerate().take(reach.rows) {
                 if reach.of(r) <= block * BLOCK_TOKENS {
                     line.fill(0.0);
@@ -120,7 +121,7 @@ impl Products for Amx {
                 sums: shares[d..].as_mut_ptr(),
                 sums_row_bytes: share_len * size_of::<f32>(),
             };
-            // SAFETY: of ROWS rows there are lines of weights, and shares; a block's values are (8, D', 2).
+            // SAFETY: of ROWS rows, whole tiles, there are lines of weights, and shares; a block's values are (8, D', 2).
             unsafe { self.add::<true>(&sums, reach.rows) };
             for block in whole..blocks {
                 let left = |r: usize| reach.of(r).saturating_sub(block * BLOCK_TOKENS);
@@ -198,6 +199,7 @@ impl Amx {
         q: &[f32],
         scores: &mut [f32],
     ) {
+        const { assert!(ROWS == 1 || ROWS.is_multiple_of(TILE)) };
         assert!(rows <= ROWS && scores.len() >= ROWS * LINE);
         let at = |d: usize| {
             let q = q[d / BF16_INPUTS * ROWS * LINE..][..ROWS * LINE].as_ptr();
@@ -215,7 +217,7 @@ impl Amx {
             sums: scores.as_mut_ptr(),
             sums_row_bytes: ROW_BYTES,
         };
-        // SAFETY: keys are (D', 16), and of ROWS rows there are queries and scores.
+        // SAFETY: keys are (D', 16), and of ROWS rows, one or whole tiles, there are queries and scores.
         unsafe { self.add::<false>(&sums, rows) };
         let half = components.start + whole * BF16_INPUTS;
         if half < components.end {
@@ -229,10 +231,10 @@ impl Amx {
         }
     }
 
-    /// Adds up products of so many rows, or of all of the one or two tiles that they begin.
+    /// Adds up products of one row, or of all of the one or two tiles that several begin.
     ///
     /// # Safety
-    /// What is read and written exists.
+    /// What is read and written exists, of whole tiles but for a single row.
     #[inline(always)]
     unsafe fn add<const HALF: bool>(&mut self, sums: &Sums<'_>, rows: usize) {
         if sums.factors.is_empty() {
@@ -268,10 +270,8 @@ impl Kept {
     /// Whether all are numbers, from position `first` on.
     #[inline(always)]
     fn is_finite_from(&self, first: usize) -> bool {
-        let pairs = self.0.iter().enumerate().skip(first / 2);
-        let mut later = pairs.map(|(i, pairs)| (usize::from(2 * i < first), pairs));
-        later.all(|(skipped, pairs)| {
-            let mut values = pairs.chunks_exact(2).flat_map(|pair| &pair[skipped..]);
+        (first..BLOCK_TOKENS).all(|position| {
+            let mut values = self.0[position / 2].iter().skip(position % 2).step_by(2);
             values.all(|value| value.is_finite())
         })
     }

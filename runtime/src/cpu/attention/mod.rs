@@ -1,6 +1,6 @@
 //! Causal attention over a paged KV cache, for prefill and decode alike.
 //!
-//! Queries are taken in tiles of a few rows, which share what is loaded of the keys and values; of their scores
+//! Queries are taken in tiles of rows, which share what is loaded of the keys and values; of their scores
 //! those of a chunk of positions are kept, never a (T, T) matrix. A row's *share* of a chunk is the sum of its values,
 //! weighted by a softmax of the chunk alone; shares are merged in order.
 //!
@@ -692,7 +692,7 @@ mod tests {
         activations: Option<Activations>,
     }
 
-    /// Of each element type, and of bf16 with rounded queries and weights.
+    /// Of each element type, and of bf16 with rounded queries and weights: rows of 8 bits ask for that too.
     const KINDS: usize = 4;
     /// Of the cache, and the one that is looked at.
     const LAYERS: usize = 3;
@@ -729,7 +729,7 @@ mod tests {
                     .map(|len| free.split_off(free.len() - len.div_ceil(BLOCK_TOKENS)))
                     .collect(),
                 cache: Elements::each(&empty)[kind.min(2)].clone(),
-                activations: (kind == 3).then_some(Activations::Bf16),
+                activations: (kind == 3).then_some(Activations::Int8),
             }
         }
 
@@ -844,7 +844,7 @@ mod tests {
         let short: &[usize] = &[1, 7, 16, 17, 45];
         let long: &[usize] = &[CHUNK, CHUNK + 1, 2 * CHUNK + 19];
         let shapes = [16, 64, 80, 128, 3, 20].map(|head_dim| (head_dim, short));
-        for (head_dim, lens) in shapes.into_iter().chain([(20, long)]) {
+        for (head_dim, lens) in shapes.into_iter().chain([(20, long), (272, &[33])]) {
             for kind in 0..KINDS {
                 let mut expected = None;
                 for mut cpu in cpus() {
@@ -880,7 +880,16 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_in_any_company() {
-        let shapes = [(64, 0), (80, 1), (16, 2), (20, 2), (64, 3), (80, 3), (3, 3)];
+        let shapes = [
+            (64, 0),
+            (80, 1),
+            (16, 2),
+            (20, 2),
+            (64, 3),
+            (80, 3),
+            (3, 3),
+            (18, 3),
+        ];
         let shapes = shapes.map(|(head_dim, kind)| (head_dim, kind, 75));
         let long = [0, 2, 3].map(|kind| (16, kind, 2 * CHUNK + 75));
         for (head_dim, kind, longest) in shapes.into_iter().chain(long) {
@@ -920,7 +929,7 @@ mod tests {
     #[test]
     fn what_follows_a_row_never_shows_in_it() {
         let (len, changed) = (75, 37);
-        for (head_dim, kind) in [(64, 0), (20, 2), (64, 3), (80, 3)] {
+        for (head_dim, kind) in [(64, 0), (20, 2), (64, 3), (80, 3), (272, 3)] {
             for isa in isas() {
                 let mut cpu = cpu(isa, 1);
                 let mut batch = Batch::new(2, head_dim, &[len], kind);
