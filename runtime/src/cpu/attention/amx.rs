@@ -74,10 +74,9 @@ impl Products for Amx {
         q: &[f32],
         scores: &mut [f32],
     ) {
-        let width = width(cache.head_dim());
+        let (keys, width) = (cache.keys(block), width(cache.head_dim()));
         for d in (0..width).step_by(BF16_INPUTS) {
             let components = d..width.min(d + BF16_INPUTS);
-            let keys = cache.keys(block);
             prefetch_stream(simd, keys, components.start / 2..components.end / 2);
             self.score::<1>(keys, components, 1, q, scores);
         }
@@ -164,8 +163,7 @@ impl Products for Amx {
         let values = cache.values(positions.start / BLOCK_TOKENS);
         assert!(weights.len() >= LINE && share.len() >= width);
         for d in (0..width).step_by(LANES) {
-            let lines = BLOCK_TOKENS / 2 * d / LANES..BLOCK_TOKENS / 2 * (d / LANES + 1);
-            prefetch_stream(simd, values.as_ptr(), lines);
+            prefetch_stream(simd, values.as_ptr(), d / 2..(d + LANES) / 2);
             let kept;
             let (values, weights_row_bytes) = match positions.len() {
                 BLOCK_TOKENS => (values[2 * d..].as_ptr().cast(), row_bytes(width)),

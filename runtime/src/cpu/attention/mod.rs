@@ -692,8 +692,8 @@ mod tests {
         activations: Option<Activations>,
     }
 
-    /// Of each element type, and of bf16 with rounded queries and weights: rows of 8 bits ask for that too.
-    const KINDS: usize = 4;
+    /// Of each element type, and of bf16 with rounded queries and weights, as rows of bf16 ask for it and rows of 8 bits.
+    const KINDS: usize = 5;
     /// Of the cache, and the one that is looked at.
     const LAYERS: usize = 3;
     const LAYER: usize = 1;
@@ -729,7 +729,11 @@ mod tests {
                     .map(|len| free.split_off(free.len() - len.div_ceil(BLOCK_TOKENS)))
                     .collect(),
                 cache: Elements::each(&empty)[kind.min(2)].clone(),
-                activations: (kind == 3).then_some(Activations::Int8),
+                activations: match kind {
+                    3 => Some(Activations::Bf16),
+                    4 => Some(Activations::Int8),
+                    _ => None,
+                },
             }
         }
 
@@ -888,7 +892,7 @@ mod tests {
             (64, 3),
             (80, 3),
             (3, 3),
-            (18, 3),
+            (18, 4),
         ];
         let shapes = shapes.map(|(head_dim, kind)| (head_dim, kind, 75));
         let long = [0, 2, 3].map(|kind| (16, kind, 2 * CHUNK + 75));
